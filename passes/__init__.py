@@ -1,0 +1,4 @@
+"""The shipped passes, one file each. Import them as `plmcc.passes`."""
+
+if __name__ != "plmcc.passes":
+    raise ImportError(f"the passes are the package plmcc.passes, not {__name__!r}")

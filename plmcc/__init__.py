@@ -1,0 +1,1 @@
+"""plmcc: a declarative model-compression compiler for pretrained language models."""

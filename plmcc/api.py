@@ -1,0 +1,98 @@
+"""All that the author of a pass needs: Pass, Site, Miss, Soft, Hard, Objective.
+
+A pass is one file in `passes/`. `match` finds sites in a `Program`, `replace` turns a site into a `Soft` module
+that can be trained, `Soft.harden` turns that into the `Hard` module that is saved and deployed. Saving, loading,
+size accounting and contracts are generic: a pass writes no code for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from plmcc.options import Pass
+
+__all__ = ["Hard", "Layout", "Miss", "Objective", "Pass", "Site", "Soft"]
+
+Layout = dict[str, int | float | bool | str | None | list[int]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model that a pass can rewrite: one module, or several tied by one weight.
+
+    `paths[i]` is the module path and `roles[i]` what the module does there: "embedding" (looks up rows),
+    "head" (multiplies by the transposed table) or "module" (anything else). The first path is the primary: the
+    replacement goes there, and the other paths become views of it.
+    `facts` is what matching learnt (shapes, padding index, scale); nothing else travels from match to replace.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    roles: tuple[str, ...]
+    modules: tuple[nn.Module, ...] = field(repr=False)
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def path(self) -> str:
+        """The primary module path."""
+        return self.paths[0]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module at the primary path."""
+        return self.modules[0]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A place that a pass looked at and refused, with the sentence that the user reads."""
+
+    path: str
+    reason: str
+
+
+class Hard(nn.Module):
+    """The deployed form of a site. `type(self)(**layout)` plus the saved tensors is the module again.
+
+    `layout` holds everything that decides shapes, as JSON values. The constructor allocates tensors of
+    these shapes (on the meta device when loading) and computes nothing from data. A module that replaces a tied
+    table also has `attend(hidden) -> logits`, the product with its transposed table.
+    """
+
+    layout: Layout
+
+    def ideal_bits(self) -> int | None:
+        """Size in bits by the paper's formula, where that differs from the bytes stored; else None."""
+        return None
+
+
+class Soft(nn.Module):
+    """The trainable form of a site: the same calls as its `Hard` module, with gradients."""
+
+    def harden(self) -> Hard:
+        """Return the deployed form. It computes the same function within the pass's declared tolerance."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, float]:
+        """Figures for the report, e.g. reconstruction errors. Names are field terms, values plain numbers."""
+        return {}
+
+
+class Objective:
+    """What a site adds to training: a loss, its own parameter groups, and a clock."""
+
+    name: ClassVar[str] = ""
+
+    def advance(self, progress: float) -> None:
+        """Move the clock: `progress` runs from 0 (start of the stage) to 1 (its end)."""
+
+    def loss(self, batch: dict[str, Tensor], output: Any, teacher: Any | None) -> Tensor | None:
+        """Return a scalar to add to the training loss, or None."""
+        return None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return optimiser groups (`params`, `lr`, `weight_decay`) for parameters with settings of their own."""
+        return []
