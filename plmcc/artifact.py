@@ -1,0 +1,224 @@
+"""Compressed models as transformers checkpoints: `AutoModel.from_pretrained(directory)` after `import plmcc`.
+
+The config says `model_type: plmcc`, so that transformers without plmcc refuses it, and `base_model_type` beside
+it. Its `quantization_config` lists the rewritten modules; loading builds each `Hard(**layout)` on the meta device,
+puts it in place, and lets transformers load the tensors. For every tensor that a pass removed, the weight file
+holds an empty one of the same name: whoever loads the file without plmcc, by whatever class, gets a size
+mismatch instead of random weights.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from plmcc.api import Hard
+from plmcc.diagnostics import error
+from plmcc.rewrite import Record, build, splice
+
+METHOD = "plmcc"
+FORMAT = 1
+
+
+class PlmccConfig(PreTrainedConfig):
+    """Stands for `model_type: plmcc`; reading one gives the config of the base architecture."""
+
+    model_type = METHOD
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        """Return the config of `base_model_type`, which writes itself as plmcc's again.
+
+        Raises:
+            PlmccError: the base type is missing or unknown to this transformers.
+        """
+        base = config_dict.get("base_model_type")
+        if base not in CONFIG_MAPPING or base == METHOD:
+            message = f"transformers has no architecture `{base}`, the base of this compressed model"
+            raise error("PLM402", message, "config.json: base_model_type")
+        values = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
+        loaded = CONFIG_MAPPING[base].from_dict(values, **kwargs)
+        mark(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+
+@cache
+def _marked(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """A subclass of the same name: transformers finds model classes by the name of the config's class."""
+
+    def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
+        values = base.to_dict(self)
+        return values | {"model_type": METHOD, "base_model_type": base.model_type}
+
+    def to_diff_dict(self: PreTrainedConfig) -> dict[str, Any]:
+        values = base.to_diff_dict(self)
+        return values | {"model_type": METHOD, "base_model_type": base.model_type}
+
+    def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
+        return _restore, (base, self.__dict__)
+
+    members = {"to_dict": to_dict, "to_diff_dict": to_diff_dict, "__reduce__": reduce, "__module__": base.__module__}
+    return type(base.__name__, (base,), members)
+
+
+def _restore(base: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    config = base.__new__(base)
+    config.__dict__.update(values)
+    mark(config)
+    return config
+
+
+def mark(config: PreTrainedConfig) -> None:
+    """Make a config write itself with `model_type: plmcc`."""
+    if METHOD not in (type(config).__dict__.get("_plmcc"),):
+        config.__class__ = _marked(type(config))
+        type(config)._plmcc = METHOD  # type: ignore[attr-defined]
+
+
+@register_quantization_config(METHOD)
+class PlmccQuantizationConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model: the format version and the rewritten modules."""
+
+    def __init__(self, modules: list[dict[str, Any]], format: int = FORMAT, **extra: Any) -> None:
+        if format != FORMAT:
+            message = f"the artifact has format {format}, this plmcc reads {FORMAT}"
+            raise error("PLM402", message, "config.json", cure="install the plmcc that wrote it")
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.format = format
+        self.modules = modules
+
+    def records(self) -> list[Record]:
+        """Return the rewritten modules."""
+        return [Record.from_json(values) for values in self.modules]
+
+
+@register_quantizer(METHOD)
+class PlmccQuantizer(HfQuantizer):
+    """Puts the rewritten modules into a model that transformers is loading, and saves them again."""
+
+    quantization_config: PlmccQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        files = kwargs.get("checkpoint_files") or []
+        for record in self.quantization_config.records():
+            install(model, record, _tensors(files))
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return all tensors, with an empty one for each that a pass removed."""
+        state = model.state_dict()
+        for record in self.quantization_config.records():
+            path = _locate(model, record.paths[0])
+            for name in record.removed if path is not None else ():
+                state[f"{path}.{name}"] = torch.empty(0, dtype=model.dtype)
+        return state, {"plmcc": str(FORMAT)}
+
+    def is_serializable(self) -> bool:
+        """A compressed model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A compressed model can be trained."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """A compressed model can be trained without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """A compressed model can be compiled."""
+        return True
+
+
+AutoConfig.register(METHOD, PlmccConfig)
+
+
+def adopt(model: PreTrainedModel, records: list[Record]) -> None:
+    """Make a rewritten model in memory one that `save_pretrained` writes as an artifact."""
+    known = getattr(model.config, "quantization_config", None)
+    earlier = known.modules if isinstance(known, PlmccQuantizationConfig) else []
+    config = PlmccQuantizationConfig([*earlier, *(record.to_json() for record in records)])
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            mark(part.config)
+            part.config.quantization_config = config
+            part.hf_quantizer = PlmccQuantizer(config)  # type: ignore[assignment]
+            part.is_quantized = True  # type: ignore[assignment]
+            part.quantization_method = METHOD  # type: ignore[assignment]
+
+
+def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, ...]]) -> None:
+    """Put the module of a record into a model that is being loaded, on the meta device.
+
+    The model may be of another class than the one saved: a base model without its head, or a base model's weights
+    under a head. Heads that this class ties to the table become views of it too.
+
+    Raises:
+        PlmccError: the module does not fit the model or the tensors in the file.
+    """
+    primary = _locate(model, record.paths[0])
+    if primary is None:
+        if record.paths[0].startswith(f"{model.base_model_prefix}.") or "." not in model.base_model_prefix:
+            return
+        raise error("PLM402", f"the model has no module {record.paths[0]}", "config.json")
+    hard = build(record)
+    _check_tensors(hard, record, saved)
+    others = {p: r for path, r in zip(record.paths[1:], record.roles[1:], strict=True) if (p := _locate(model, path))}
+    for target, source in model.all_tied_weights_keys.items():
+        if source == f"{primary}.weight":
+            path = target.rpartition(".")[0]
+            others.setdefault(path, "head" if path == _head_path(model) else "embedding")
+    splice(model, [primary, *others], [record.roles[0], *others.values()], hard)
+    ignored = {rf"(^|\.){record.paths[0].rpartition('.')[2]}\.{name}$" for name in record.removed}
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+
+
+def _head_path(model: PreTrainedModel) -> str | None:
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def _locate(model: PreTrainedModel, path: str) -> str | None:
+    """The path in this model: classes with and without a head differ by the base model's prefix."""
+    prefix = model.base_model_prefix
+    for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def _tensors(files: list[str]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _check_tensors(hard: Hard, record: Record, saved: dict[str, tuple[int, ...]]) -> None:
+    """transformers initialises what a file lacks at random; a compressed module must never be."""
+    if not saved:
+        return
+    last = record.paths[0].rpartition(".")[2]
+    for name, value in hard.state_dict().items():
+        shapes = [shape for key, shape in saved.items() if f".{key}".endswith(f".{last}.{name}")]
+        if tuple(value.shape) not in shapes:
+            message = f"the tensor {name} of shape {tuple(value.shape)} is not in the weight file"
+            given = ", ".join(map(str, shapes)) or "no such tensor"
+            place = f"model.safetensors: {record.paths[0]}"
+            raise error("PLM402", message, place, given=given, cure="the artifact is damaged: write it again")

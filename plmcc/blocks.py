@@ -1,0 +1,150 @@
+"""Attention and feed-forward blocks as sites, read from the graphs of traced layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+from transformers.pytorch_utils import Conv1D
+
+from plmcc.api import Miss, Site
+from plmcc.branches import (
+    Branch,
+    feed_forward_of,
+    is_cross,
+    is_linear,
+    is_norm,
+    module_of,
+    residual_branches,
+)
+from plmcc.layers import Layer
+from plmcc.tracer import is_attention
+
+_PROJECTIONS = {
+    "q": ("q", "query", "q_proj", "q_lin", "q_attn", "wq", "linear_q"),
+    "k": ("k", "key", "k_proj", "k_lin", "wk", "linear_k"),
+    "v": ("v", "value", "v_proj", "v_lin", "wv", "linear_v"),
+    "o": ("o", "dense", "o_proj", "out_proj", "out_lin", "c_proj", "wo", "linear_out"),
+    "qkv": ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj"),
+}
+"""What attention modules call their projections."""
+_COMPLETE = ({"q", "k", "v", "o"}, {"qkv", "o"}, {"q", "kv", "o"})
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+
+
+def attention_sites(layer: Layer) -> Iterator[Site | Miss]:
+    """Yield the attention blocks of a layer, self-attention and cross-attention.
+
+    The site is the attention module. Facts: the paths of `q`, `k`, `v`, `o` (fused projections are
+    `qkv`, or `kv` beside `q`), `heads`, `kv_heads`, `head_dim`, `is_cross`, `layer`, `norm` (its
+    path or None) and `position` of the norm: "pre", "post", "none", or "inside" when the module
+    itself adds its input and normalises.
+    """
+    graph_module = layer.graph_module
+    branches = residual_branches(graph_module)
+    for node in graph_module.graph.nodes:
+        module = module_of(graph_module, node)
+        if module is not None and is_attention(module):
+            around = next((b for b in branches if node in b.nodes), None)
+            yield _attention(layer, node, module, around)
+
+
+def feed_forward_sites(layer: Layer) -> Iterator[Site | Miss]:
+    """Yield the feed-forward blocks of a layer.
+
+    The site's paths are its linears: `fc1`, `gate` (in gated networks), `fc2`; the facts name them.
+    Further facts: `activation` (its class or function name), `layer`, `norm`, `position` as above.
+    """
+    branches = residual_branches(layer.graph_module)
+    found = [branch for branch in branches if branch.kind == "feed_forward"]
+    for branch in found:
+        yield _feed_forward(layer, branch)
+    if not found:
+        yield Miss(layer.path, "no residual branch has the form linear-activation-linear")
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """Return the in and out features of an `nn.Linear` or `Conv1D`."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features, linear.out_features
+
+
+def _attention(
+    layer: Layer, node: fx.Node, module: nn.Module, around: Branch | None
+) -> Site | Miss:
+    path = f"{layer.path}.{node.target}"
+    roles = _projections(module, str(node.target))
+    if around is not None and "o" not in roles:
+        roles |= _output_projection(layer.graph_module, node, around)
+    if set(roles) not in _COMPLETE:
+        return Miss(path, f"its projections are not understood: found {sorted(roles) or 'none'}")
+    inside = around is None and any(is_norm(child) for child in module.children())
+    if around is not None and around.kind == "other":
+        return Miss(path, "its residual branch holds something else beside attention")
+    if around is None and not inside:
+        return Miss(path, "its output is not added to its input (no residual branch)")
+    width = next((vars(module)[name] for name in _HEAD_DIM if name in vars(module)), None)
+    if not isinstance(width, int):
+        return Miss(path, "the width of its heads is not known")
+    linears = {role: layer.module.get_submodule(name) for role, name in roles.items()}
+    facts: dict[str, Any] = {role: f"{layer.path}.{name}" for role, name in roles.items()}
+    facts |= _heads(linears, width) | {"is_cross": is_cross(layer.graph_module, node)}
+    facts |= _surroundings(layer, around) | ({"position": "inside"} if inside else {})
+    return Site("attention", (path,), ("module",), (module,), facts)
+
+
+def _projections(module: nn.Module, path: str) -> dict[str, str]:
+    """Return role -> path of the linears inside an attention module."""
+    names = [name for name, child in module.named_children() if is_linear(child)]
+    found = {
+        role: f"{path}.{n}" for role, known in _PROJECTIONS.items() for n in names if n in known
+    }
+    if "q" in found and "qkv" in found:
+        found["kv"] = found.pop("qkv")
+    return found
+
+
+def _output_projection(
+    graph_module: fx.GraphModule, node: fx.Node, around: Branch
+) -> dict[str, str]:
+    """Return the linear that stands between the attention module and the addition (BERT)."""
+    after = around.nodes[around.nodes.index(node) :]
+    found = [n for n in after if is_linear(module_of(graph_module, n))]
+    return {"o": str(found[0].target)} if len(found) == 1 else {}
+
+
+def _heads(linears: dict[str, nn.Module], width: int) -> dict[str, int]:
+    """Return the numbers of heads; the output projection reads as many columns as queries have."""
+    heads = linear_shape(linears["o"])[0] // width
+    if "k" in linears:
+        kv_heads = linear_shape(linears["k"])[1] // width
+    elif "kv" in linears:
+        kv_heads = linear_shape(linears["kv"])[1] // (2 * width)
+    else:
+        kv_heads = (linear_shape(linears["qkv"])[1] // width - heads) // 2
+    return {"heads": heads, "kv_heads": kv_heads, "head_dim": width}
+
+
+def _feed_forward(layer: Layer, branch: Branch) -> Site:
+    found = feed_forward_of(layer.graph_module, branch)
+    assert found is not None, "a branch of this kind has these parts"
+    nodes = {"fc1": found.up, "gate": found.gate, "fc2": found.down}
+    roles = {role: str(node.target) for role, node in nodes.items() if node is not None}
+    modules = tuple(layer.module.get_submodule(name) for name in roles.values())
+    paths = {role: f"{layer.path}.{name}" for role, name in roles.items()}
+    activation = module_of(layer.graph_module, found.activation)
+    name = type(activation).__name__ if activation is not None else found.activation.name
+    facts: dict[str, Any] = {**paths, "activation": name, **_surroundings(layer, branch)}
+    return Site("feed_forward", tuple(paths.values()), ("module",) * len(paths), modules, facts)
+
+
+def _surroundings(layer: Layer, around: Branch | None) -> dict[str, Any]:
+    norm = around.norm if around is not None else None
+    return {
+        "layer": layer.path,
+        "norm": f"{layer.path}.{norm.target}" if norm is not None else None,
+        "position": around.position if around is not None else "none",
+    }

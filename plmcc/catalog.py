@@ -1,0 +1,163 @@
+"""Passes by name: the files of `plmcc.passes`, and the entry points of installed distributions.
+
+The name of a file, or of an entry point in the group `plmcc.passes`, is the key in a recipe.
+Nothing here names a pass, and a broken one is an error only where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from plmcc.diagnostics import did_you_mean, error
+from plmcc.option_slice import CannotSlice, options_class, pass_classes
+from plmcc.options import Pass
+
+GROUP = "plmcc.passes"
+_SHIPPED = "plmcc.passes"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A pass by name: its module, its class (None: the only one there), and who brings it."""
+
+    name: str
+    module: str
+    attribute: str | None
+    origin: str
+
+    @property
+    def owner(self) -> str:
+        """Who brings the pass and where it is: for messages."""
+        return f"{self.origin} ({self.module}{':' + self.attribute if self.attribute else ''})"
+
+    def holds(self, kind: type[Pass]) -> bool:
+        """Whether this is the entry of a class, be it the real one or its options only."""
+        return kind.__module__ == self.module and self.attribute in (None, kind.__qualname__)
+
+
+@cache
+def entries() -> dict[str, tuple[Entry, ...]]:
+    """Return the owners of every name, sorted; two of one name are an error where it is used."""
+    found: dict[str, list[Entry]] = {}
+    for entry in (*_shipped(), *_installed()):
+        found.setdefault(entry.name, []).append(entry)
+    return {name: tuple(dict.fromkeys(found[name])) for name in sorted(found)}
+
+
+def names() -> list[str]:
+    """Return the names of all passes, those that are broken included."""
+    return list(entries())
+
+
+def entry(name: str) -> Entry:
+    """Return what is known of a pass without running its code.
+
+    Raises:
+        PlmccError: there is no such pass, or two owners claim the name.
+    """
+    owners = entries().get(name)
+    if not owners:
+        cure = did_you_mean(name, names(), "`plmcc passes` lists them")
+        allowed = ", ".join(names())
+        raise error("PLM110", f"there is no pass `{name}`", allowed=allowed, cure=cure)
+    if len(owners) > 1:
+        both = " and ".join(owner.owner for owner in owners)
+        message = f"the pass `{name}` has two owners: {both}"
+        raise error("PLM112", message, cure="uninstall one of them")
+    return owners[0]
+
+
+@cache
+def options(name: str) -> type[Pass]:
+    """Return the options of a pass: its class without torch where possible, else the real class.
+
+    Raises:
+        PlmccError: there is no such pass, two owners claim the name, or its module is broken.
+    """
+    found = entry(name)
+    try:
+        source = _source(found.module)
+        return options_class(source, found.module, found.attribute)
+    except (CannotSlice, OSError, SyntaxError, ValueError):
+        return load(name)
+
+
+@cache
+def load(name: str) -> type[Pass]:
+    """Return the class of a pass; this imports its module, and with it torch.
+
+    Raises:
+        PlmccError: there is no such pass, two owners claim the name, or its module is broken.
+    """
+    found = entry(name)
+    try:
+        return _imported(found)
+    except (
+        Exception
+    ) as problem:  # foreign code may fail in any way, and must not break other passes
+        reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
+        message = f"the pass `{name}` of {found.owner} is broken: {reason}"
+        raise error("PLM112", message, cure=f"repair or uninstall {found.origin}") from problem
+
+
+def name_of(kind: type[Pass]) -> str:
+    """Return the name of a pass class, whether it is the real class or its options only.
+
+    Raises:
+        PlmccError: the class is in no catalog.
+    """
+    found = [name for name, owners in entries().items() if any(o.holds(kind) for o in owners)]
+    if found:
+        return min(found, key=lambda name: len(entries()[name]))  # a name of its own comes first
+    message = f"the class {kind.__qualname__} of {kind.__module__} is in no catalog of passes"
+    cure = f"put it in a file of plmcc/passes, or declare an entry point in the group {GROUP}"
+    raise error("PLM110", message, cure=cure)
+
+
+def _shipped() -> Iterator[Entry]:
+    spec = importlib.util.find_spec(_SHIPPED)
+    for found in pkgutil.iter_modules(spec.submodule_search_locations if spec else None):
+        if not found.ispkg and not found.name.startswith("_"):
+            yield Entry(found.name, f"{_SHIPPED}.{found.name}", None, "plmcc")
+
+
+def _installed() -> Iterator[Entry]:
+    for point in entry_points(group=GROUP):
+        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "an entry point"
+        yield Entry(point.name, point.module, point.attr or None, origin)
+
+
+def _source(module: str) -> str:
+    """The text of a module, found without running anything, its parent packages included."""
+    path: list[str] | None = None
+    spec: ModuleSpec | None = None
+    parts = module.split(".")
+    for length in range(1, len(parts) + 1):
+        name = ".".join(parts[:length])
+        # An editable install may map `plmcc.passes` to a folder, so all finders are asked for it.
+        spec = (
+            importlib.util.find_spec(name) if name == _SHIPPED else PathFinder.find_spec(name, path)
+        )
+        path = list(spec.submodule_search_locations or []) if spec else []
+    if spec is None or spec.origin is None:
+        raise CannotSlice(f"no source text of {module}")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _imported(found: Entry) -> type[Pass]:
+    module = importlib.import_module(found.module)
+    kinds = [vars(module)[found.attribute]] if found.attribute else pass_classes(module)
+    if len(kinds) != 1:
+        defined = ", ".join(kind.__name__ for kind in kinds) or "none"
+        raise TypeError(f"it must define one subclass of Pass, and defines {defined}")
+    if not (isinstance(kinds[0], type) and issubclass(kinds[0], Pass)):
+        raise TypeError(f"{found.attribute} is not a subclass of Pass")
+    return kinds[0]

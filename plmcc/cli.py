@@ -1,0 +1,131 @@
+"""The command line. A command imports what it needs when it runs: help and checks are fast."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from plmcc.diagnostics import PlmccError
+
+app = typer.Typer(
+    name="plmcc",
+    help="Compress a pretrained language model by a recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(StrEnum):
+    """How a command prints its result."""
+
+    text = "text"
+    json = "json"
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a value of the recipe: passes.0.compositional_codes.codebooks=16",
+    ),
+]
+Output = Annotated[Format, typer.Option("--format", help="Print text, or JSON for programs.")]
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None, output: Output = Format.text) -> None:
+    """Check a recipe, without a model and without data."""
+    from plmcc.recipe import load_recipe
+
+    try:
+        steps = load_recipe(recipe, overrides or ()).steps()
+    except PlmccError as problem:
+        if output is Format.text:
+            raise
+        _print_json({"ok": False, "file": str(recipe), "diagnostics": problem.to_json()})
+        raise typer.Exit(1) from None
+    stages, passes = len(steps), sum(len(step.passes) for step in steps)
+    if output is Format.json:
+        counts = {"stages": stages, "passes": passes}
+        _print_json({"ok": True, "file": str(recipe), "diagnostics": [], **counts})
+    else:
+        typer.echo(f"{recipe}: ok ({_count(stages, 'stage')}, {_count(passes, 'pass')})")
+
+
+@app.command()
+def schema(
+    file: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to a file.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from plmcc.recipe_schema import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2)
+    if file is None:
+        typer.echo(text)
+    else:
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A single pass.")] = None,
+    output: Output = Format.text,
+) -> None:
+    """List the passes, or show the options of one."""
+    from plmcc import catalog_view
+
+    if name is None:
+        rows = catalog_view.overview()
+        _print_json(rows) if output is Format.json else catalog_view.print_overview(rows)
+    else:
+        details = catalog_view.details(name)
+        _print_json(details) if output is Format.json else catalog_view.print_details(details)
+
+
+def main() -> None:
+    """Run the command line: a user error ends as text on stderr and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
+    try:
+        app()
+    except PlmccError as problem:
+        _fail(problem.render())
+    except BrokenPipeError:
+        # The reader has left (`plmcc schema | head`); the flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as problem:
+        _fail(f"{problem.filename or 'plmcc'}: error PLM501: {problem.strerror or problem}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(text: str) -> None:
+    typer.echo(text, err=True)
+    sys.exit(1)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{plural}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The IR: a live transformers model, the sites in it, and its layers as graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from plmcc.api import Miss, Site
+from plmcc.blocks import attention_sites, feed_forward_sites, linear_shape
+from plmcc.branches import is_linear
+from plmcc.diagnostics import Place, error
+from plmcc.layers import Layer, trace_layer
+from plmcc.targets import Matches, Scope, select
+from plmcc.tracer import is_attention
+
+_PROBED_ROWS = 7
+
+
+class Program:
+    """A model as passes see it. Everything is read from the live model when it is called.
+
+    ```python
+    program = Program(model)
+    for site in program.resolve("input_embeddings", "embedding", expect=1).sites: ...
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def tables(self) -> list[Site | Miss]:
+        """Return the embedding tables; modules that share one parameter are one site.
+
+        The first path of the model's token table is the module that reads the input ids. Facts:
+        `num_embeddings`, `embedding_dim`, `padding_idx`, `scale` (output = scale * row), `head_bias`
+        (whether a head adds one), `is_input` (whether it is the token table). A module that is not
+        a scaled look-up of its rows (offset or computed positions) is a `Miss`.
+        """
+        return [self._table(paths) for paths in self._groups(nn.Embedding)]
+
+    def linears(self) -> list[Site | Miss]:
+        """Return the linear maps (`nn.Linear`, GPT-2's `Conv1D`) except heads tied to a table.
+
+        Facts: `in_features`, `out_features`, `bias`, `transposed` (whether the weight is
+        `[in, out]`).
+        """
+        groups = self._groups(nn.Linear) + self._groups(Conv1D)
+        tied = set(chain.from_iterable(self._groups(nn.Embedding)))
+        return [self._linear(paths) for paths in groups if tied.isdisjoint(paths)]
+
+    def attention(self) -> list[Site | Miss]:
+        """Return the attention blocks, self and cross; see `plmcc.blocks.attention_sites`.
+
+        Attention modules outside of traced layers are misses.
+        """
+        found = list(self._blocks(attention_sites))
+        seen = [site.path for site in found]
+        return found + [
+            Miss(path, "it stands outside of the repeated layers")
+            for path, module in self.model.named_modules()
+            if is_attention(module) and not any(_contains(s, path) for s in seen)
+        ]
+
+    def feed_forward(self) -> list[Site | Miss]:
+        """Return the feed-forward blocks; see `plmcc.blocks.feed_forward_sites`."""
+        return list(self._blocks(feed_forward_sites))
+
+    def layers(self) -> list[Layer | Miss]:
+        """Return the repeated blocks as graphs, in the order of the model.
+
+        A block is an element of a list of modules, one of which holds an attention module and has
+        weights outside of it; of blocks in blocks, the innermost.
+        """
+        recorded = self._recorded()
+        return [self._trace(path, recorded) for path in self.layer_paths()]
+
+    def layer(self, path: str) -> Layer | Miss:
+        """Return one layer by its path; a `Miss` if its code cannot be traced."""
+        assert path in self.layer_paths(), f"{path} is not a layer"
+        return self._trace(path, self._recorded())
+
+    def layer_paths(self) -> list[str]:
+        """Return the paths of the repeated blocks in the order of the model."""
+        lists = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and any(_is_block(child) for child in module)
+        ]
+        return [
+            f"{path}.{index}"
+            for path, module in lists
+            if not any(other.startswith(f"{path}.") for other, _ in lists)
+            for index in range(len(module))
+        ]
+
+    def replace_layer(self, path: str, graph_module: fx.GraphModule) -> Callable[[], None]:
+        """Make a layer run a rewritten graph. Return a function that undoes it.
+
+        The graph replaces the layer's first variant (the fullest call). Calls of other kinds, for
+        which the layer had other variants, become errors: they would run without the rewriting.
+        """
+        layer = self.layer(path)
+        assert isinstance(layer, Layer), layer
+        return layer.only(graph_module).put_back()
+
+    def resolve(
+        self,
+        targets: str | list[str],
+        kind: str,
+        expect: int | None = None,
+        place: Place | str = "targets",
+    ) -> Matches:
+        """Return the sites of a kind that the targets name.
+
+        Args:
+            targets: an alias, a glob over module paths, `re:<regex>` or `class:<Name>`, or a list.
+            kind: "embedding", "linear", "attention" or "feed_forward".
+            expect: how many sites there must be.
+            place: where the targets were written, for errors.
+
+        Raises:
+            PlmccError: a target that matches nothing or only misses, an invalid regex, or another
+                number of sites than expected.
+        """
+        kinds: dict[str, Callable[[], list[Site | Miss]]] = {
+            "embedding": self.tables,
+            "linear": self.linears,
+            "attention": self.attention,
+            "feed_forward": self.feed_forward,
+        }
+        assert kind in kinds, f"no kind {kind}: {', '.join(kinds)}"
+        scope = Scope(self.model, kind, kinds[kind](), place)
+        matches = select(scope, [targets] if isinstance(targets, str) else targets)
+        if expect is not None and len(matches.sites) != expect:
+            raise error(
+                "PLM202",
+                f"the targets match {len(matches.sites)} sites, expected {expect}",
+                place,
+                given=", ".join(site.path for site in matches.sites),
+                cure="; ".join(f"{miss.path}: {miss.reason}" for miss in matches.misses),
+            )
+        return matches
+
+    def _groups(self, kind: type[nn.Module]) -> list[list[str]]:
+        """Return the paths of modules of a kind, each with all others that share its weight."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        groups: dict[int, list[str]] = {}
+        for path, module in modules.items():
+            if isinstance(module, nn.Embedding) or is_linear(module):
+                weight = module.get_parameter("weight")
+                groups.setdefault(id(weight), []).append(path)
+        chosen = [g for g in groups.values() if any(isinstance(modules[p], kind) for p in g)]
+        first = self.model.get_input_embeddings()
+        return [sorted(group, key=lambda path: modules[path] is not first) for group in chosen]
+
+    def _table(self, paths: list[str]) -> Site | Miss:
+        modules = tuple(self.model.get_submodule(path) for path in paths)
+        tables = [module for module in modules if isinstance(module, nn.Embedding)]
+        scales = [_lookup_scale(table) for table in tables]
+        reason = next((scale for scale in scales if isinstance(scale, str)), None)
+        if reason is not None or len(set(scales)) != 1:
+            return Miss(paths[0], reason or f"its users scale it differently: {scales}")
+        heads = [module for module in modules if isinstance(module, nn.Linear)]
+        if len(heads) + len(tables) < len(modules):
+            return Miss(paths[0], "it shares its weight with something that is not a head")
+        table = tables[0]
+        facts = {
+            "num_embeddings": table.weight.shape[0],
+            "embedding_dim": table.weight.shape[1],
+            "padding_idx": table.padding_idx,
+            "scale": scales[0],
+            "head_bias": any(head.bias is not None for head in heads),
+            "is_input": self.model.get_input_embeddings() in modules,
+        }
+        order = sorted(
+            paths, key=lambda path: isinstance(self.model.get_submodule(path), nn.Linear)
+        )
+        modules = tuple(self.model.get_submodule(path) for path in order)
+        roles = tuple("head" if isinstance(m, nn.Linear) else "embedding" for m in modules)
+        return Site("embedding", tuple(order), roles, modules, facts)
+
+    def _linear(self, paths: list[str]) -> Site | Miss:
+        modules = tuple(self.model.get_submodule(path) for path in paths)
+        first = modules[0]
+        known = (nn.Linear.forward, Conv1D.forward)
+        if any(type(module).forward not in known for module in modules):
+            return Miss(paths[0], f"{type(first).__name__} computes more than a linear map")
+        in_features, out_features = linear_shape(first)
+        facts = {
+            "in_features": in_features,
+            "out_features": out_features,
+            "bias": first.bias is not None,
+            "transposed": isinstance(first, Conv1D),
+        }
+        return Site("linear", tuple(paths), ("module",) * len(paths), modules, facts)
+
+    def _blocks(self, read: Callable[[Layer], Iterator[Site | Miss]]) -> Iterator[Site | Miss]:
+        for layer in self.layers():
+            if isinstance(layer, Miss):
+                yield layer
+            else:
+                yield from read(layer)
+
+    def _trace(self, path: str, recorded: set[str]) -> Layer | Miss:
+        inside = [other.removeprefix(f"{path}.") for other in recorded if _contains(path, other)]
+        return trace_layer(self.model.get_submodule(path), path, inside)
+
+    def _recorded(self) -> set[str]:
+        """Return the paths of modules whose outputs transformers records with forward hooks."""
+        found: set[str] = set()
+        for prefix, model in self.model.named_modules():
+            specs = model._can_record_outputs if isinstance(model, PreTrainedModel) else None
+            classes, names = _record_targets(list((specs or {}).values()))
+            for path, module in model.named_modules(prefix=prefix) if specs else ():
+                if isinstance(module, classes) or (names and path.endswith(names)):
+                    found.add(path)
+        return found
+
+
+def _record_targets(specs: list[object]) -> tuple[tuple[type, ...], tuple[str, ...]]:
+    """Split transformers' record specifications into classes and ends of paths."""
+    classes: list[type] = []
+    names: list[str] = []
+    for spec in chain.from_iterable(s if isinstance(s, list) else [s] for s in specs):
+        if isinstance(spec, type):
+            classes.append(spec)
+        elif isinstance(spec, str):
+            names.append(spec)
+        else:
+            classes += [spec.target_class] if spec.target_class else []
+            names += [spec.class_name] if spec.class_name else []
+    return tuple(classes), tuple(names)
+
+
+def _lookup_scale(table: nn.Embedding) -> float | str:
+    """Return the factor between a table's rows and what its module returns, or why there is none.
+
+    The module is tried on random rows of its own: rows of a trained table can be zero.
+    """
+    weight = table.weight
+    if type(table).forward is nn.Embedding.forward and table.max_norm is None:
+        return 1.0
+    if weight.is_meta:
+        return f"{type(table).__name__} cannot be tried out on the meta device"
+    count = min(_PROBED_ROWS, table.num_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    # Powers of two, so that the product with a scale is exact in every dtype.
+    powers = torch.randint(-2, 3, (2, count, table.embedding_dim), generator=generator)
+    rows = (powers[0].float().exp2() * powers[1].sign().add(0.5).sign()).to(weight)
+    probe = copy.deepcopy(table, {id(weight): nn.Parameter(rows.clone(), requires_grad=False)})
+    try:
+        with torch.no_grad():
+            output = probe.eval()(torch.arange(count, device=rows.device)[None])
+    except Exception as reason:  # the module's own code
+        return f"{type(table).__name__} does not look up rows by id: {reason}"
+    if output.shape != (1, count, table.embedding_dim):
+        return f"{type(table).__name__} does not return one row for each id"
+    scales = (output[0] / rows).unique()
+    if scales.numel() != 1:
+        return f"{type(table).__name__} computes more than a scaled look-up of its rows"
+    return float(scales)
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Say whether a module holds attention, and weights outside of its attention modules."""
+    attention = [child for child in module.modules() if is_attention(child)]
+    inside = {id(p) for child in attention for p in child.parameters()}
+    outside = (p for p in module.parameters() if p.dim() > 1 and id(p) not in inside)
+    return bool(attention) and next(outside, None) is not None
+
+
+def _contains(path: str, other: str) -> bool:
+    return other == path or other.startswith(f"{path}.")

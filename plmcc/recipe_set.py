@@ -1,0 +1,99 @@
+"""`--set path=value`: change one value of a recipe before it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from plmcc.diagnostics import Diagnostic, PlmccError, did_you_mean, error, listing
+from plmcc.recipe_text import Document, Steps, compose
+
+
+def override(document: Document, arguments: Sequence[str]) -> None:
+    """Change a document in place; errors in a changed value will point at its argument.
+
+    A key that the recipe does not have is added; whether it is a legal key is checked with the
+    rest.
+
+    Raises:
+        PlmccError: an argument that is not `path=value`, or a path that leads nowhere; all of them.
+    """
+    problems: list[Diagnostic] = []
+    for argument in arguments:
+        try:
+            _set(document, argument)
+        except PlmccError as problem:
+            problems += problem.diagnostics
+    if problems:
+        raise PlmccError(*problems)
+
+
+def _set(document: Document, argument: str) -> None:
+    place = f"--set {argument}"
+    dotted, equals, text = argument.partition("=")
+    if not equals or not all(dotted.split(".")):
+        example = "passes.0.compositional_codes.codebooks=16"
+        raise error("PLM130", "this is not `path=value`", place, allowed=example)
+    path: Steps = ()
+    holder: Any = {"": document.data}  # so that the root can be normalised like any other value
+    last: str | int = ""
+    for part in dotted.split("."):
+        holder[last] = _open(holder[last], part)
+        holder = holder[last]
+        last = _step(holder, part, path, place)
+        path = (*path, last)
+        if isinstance(holder, dict) and last not in holder:
+            holder[last] = None
+            document.values[path] = document.keys[path] = place
+    holder[last] = _parsed(text, place)
+    _move_marks(document, path, place)
+
+
+def _open(value: Any, part: str) -> Any:
+    """A value that can be entered: nothing becomes an empty mapping, `name` becomes `name: {}`."""
+    if value is None:
+        return {}
+    return {value: {}} if value == part else value
+
+
+def _step(holder: Any, part: str, path: Steps, place: str) -> str | int:
+    """The key or index that `part` means in `holder`, which need not be there yet."""
+    where = f"`{'.'.join(map(str, path))}`" if path else "the recipe"
+    if isinstance(holder, list):
+        return _index(holder, part, where, place)
+    if not isinstance(holder, dict):
+        raise error("PLM131", f"{where} is a single value; nothing is below it", place)
+    for key in holder:
+        if isinstance(key, (str, int)) and str(key) == part:
+            return key
+    if path[-2:-1] == ("passes",):
+        names = [str(key) for key in holder]
+        message = f"{where} is another pass than `{part}`"
+        cure = did_you_mean(part, names)
+        raise error("PLM131", message, place, allowed=listing(names), cure=cure)
+    return part
+
+
+def _index(holder: list[Any], part: str, where: str, place: str) -> int:
+    if part.isascii() and part.isdigit() and int(part[:9]) < len(holder):
+        return int(part)
+    allowed = f"0 to {len(holder) - 1}" if holder else "nothing: the list is empty"
+    message = f"{where} is a list, and `{part}` is not an index of it"
+    raise error("PLM131", message, place, given=part, allowed=allowed)
+
+
+def _parsed(text: str, place: str) -> Any:
+    if not text.strip():
+        return None
+    try:
+        return compose(text, place).data
+    except PlmccError as problem:
+        raise PlmccError(*(replace(d, place=place) for d in problem.diagnostics)) from None
+
+
+def _move_marks(document: Document, path: Steps, place: str) -> None:
+    for marks in (document.values, document.keys):
+        for old in [known for known in marks if known[: len(path)] == path]:
+            del marks[old]
+        marks[path] = place

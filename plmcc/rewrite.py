@@ -1,0 +1,246 @@
+"""Match, replace, harden: passes rewrite a live transformers model in place.
+
+All passes of a stage are matched before anything is replaced, so that a recipe that does not fit leaves the
+model as it was, and two passes that want the same site are an error instead of a race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plmcc import catalog
+from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
+from plmcc.diagnostics import Place, PlmccError, error
+from plmcc.program import Program
+
+
+class View(nn.Module):
+    """A module path that shares a table kept elsewhere: it owns at most a bias.
+
+    The table is held in a tuple, so that it is not registered twice: its tensors have one name, are saved once
+    and follow their owner's device and dtype.
+    """
+
+    def __init__(self, table: nn.Module, role: str, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        assert role in ("embedding", "head"), role
+        self._table, self.role = (table,), role
+        self.register_parameter("bias", bias)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Look up ids (...) -> (..., D), or turn hidden states (..., D) into logits (..., V)."""
+        if self.role == "embedding":
+            return self._table[0](values)  # type: ignore[no-any-return]
+        logits = self._table[0].attend(values)  # type: ignore[operator]
+        return logits if self.bias is None else logits + self.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (V, D), built on demand."""
+        return self._table[0].weight  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an artifact says of one rewritten site: `class(**layout)` goes to the first path, views to the others."""
+
+    name: str
+    paths: tuple[str, ...]
+    roles: tuple[str, ...]
+    kind: str
+    layout: Layout
+    removed: tuple[str, ...]
+    """Names of the original module's tensors that no longer exist."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; `from_json` reads them back."""
+        return {
+            "pass": self.name,
+            "paths": list(self.paths),
+            "roles": list(self.roles),
+            "class": self.kind,
+            "layout": self.layout,
+            "removed": list(self.removed),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record:
+        """Read what `to_json` wrote.
+
+        Raises:
+            PlmccError: a key is missing or has another type.
+        """
+        try:
+            lists = [tuple(str(item) for item in values[key]) for key in ("paths", "roles", "removed")]
+            layout = dict(values["layout"])
+            record = cls(str(values["pass"]), lists[0], lists[1], str(values["class"]), layout, lists[2])
+        except (KeyError, TypeError, ValueError) as problem:
+            raise error("PLM402", f"a module record is malformed: {problem!r}", "config.json") from None
+        if not record.paths or len(record.paths) != len(record.roles):
+            raise error("PLM402", "a module record needs as many roles as paths", "config.json")
+        return record
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One site with the pass that rewrites it and its trainable form."""
+
+    name: str
+    options: Pass
+    site: Site
+    soft: Soft
+    objective: Objective | None
+    removed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What the passes of a stage found: pairs of (index of the pass, site), and refused places."""
+
+    passes: tuple[Pass, ...]
+    sites: tuple[tuple[int, Site], ...]
+    misses: tuple[tuple[int, Miss], ...]
+
+
+def match(model: PreTrainedModel, passes: Sequence[Pass], places: Sequence[Place | str] = ()) -> Matched:
+    """Match all passes against the model without changing it.
+
+    Args:
+        model: the model to look at.
+        passes: the passes of one stage.
+        places: where each pass stands in the recipe, for errors.
+
+    Raises:
+        PlmccError: a pass matches nothing, refuses all it matches, or wants what another pass has taken.
+    """
+    program = Program(model)
+    sites: list[tuple[int, Site]] = []
+    misses: list[tuple[int, Miss]] = []
+    taken: dict[str, str] = {}
+    for index, chosen in enumerate(passes):
+        place = places[index] if places else f"pass {index}"
+        found, refused = _match_one(program, chosen, place)
+        for site in found:
+            _claim(site, chosen, taken, place)
+        sites += [(index, site) for site in found]
+        misses += [(index, miss) for miss in refused]
+    return Matched(tuple(passes), tuple(sites), tuple(misses))
+
+
+def _match_one(program: Program, chosen: Pass, place: Place | str) -> tuple[list[Site], list[Miss]]:
+    try:
+        results = list(chosen.match(program))
+    except PlmccError as problem:
+        raise PlmccError(*(replace(d, place=place) for d in problem.diagnostics)) from None
+    sites = [result for result in results if isinstance(result, Site)]
+    misses = [result for result in results if isinstance(result, Miss)]
+    if not sites:
+        reasons = "; ".join(f"{miss.path}: {miss.reason}" for miss in misses) or "nothing was found"
+        message = f"`{catalog.name_of(type(chosen))}` has nothing to rewrite in this model"
+        raise error("PLM203", message, place, given=reasons, cure="change `targets` or the options")
+    return sites, misses
+
+
+def _claim(site: Site, chosen: Pass, taken: dict[str, str], place: Place | str) -> None:
+    name = catalog.name_of(type(chosen))
+    for path in site.paths:
+        if path in taken:
+            message = f"`{name}` and `{taken[path]}` both want to rewrite {path}"
+            raise error("PLM204", message, place, cure="give them different `targets`, or keep one")
+        taken[path] = name
+
+
+def replace_all(model: PreTrainedModel, matched: Matched) -> list[Replacement]:
+    """Put the trainable form of every matched site into the model. Fitting happens here.
+
+    Raises:
+        PlmccError: a pass cannot initialise a site, for a reason in the weights.
+    """
+    replacements = []
+    for index, site in matched.sites:
+        chosen = matched.passes[index]
+        name = catalog.name_of(type(chosen))
+        try:
+            soft = chosen.replace(site)
+        except PlmccError:
+            raise
+        except ValueError as problem:
+            raise error("PLM203", f"`{name}` cannot rewrite it: {problem}", f"model: {site.path}") from None
+        soft.train(site.module.training)
+        objective = chosen.objective(site, soft)
+        removed = tuple(dict(site.module.named_parameters()) | dict(site.module.named_buffers()))
+        splice(model, site.paths, site.roles, soft)
+        replacements.append(Replacement(name, chosen, site, soft, objective, removed))
+    return replacements
+
+
+def harden_all(model: PreTrainedModel, replacements: Sequence[Replacement]) -> list[Record]:
+    """Put the deployed form of every site into the model and return what an artifact has to say of them."""
+    records = []
+    for done in replacements:
+        hard = done.soft.harden().train(done.soft.training)
+        splice(model, done.site.paths, done.site.roles, hard)
+        records.append(
+            Record(
+                done.name,
+                done.site.paths,
+                done.site.roles,
+                type(hard).__name__,
+                hard.layout,
+                tuple(n for n in done.removed if n not in hard.state_dict()),
+            )
+        )
+    return records
+
+
+def splice(model: PreTrainedModel, paths: Sequence[str], roles: Sequence[str], module: nn.Module) -> None:
+    """Put a module at the first path and views of it at the others, and forget ties that no longer exist."""
+    ties = [(part, part.get_expanded_tied_weights_keys()) for part in _models(model)]
+    model.set_submodule(paths[0], module)
+    for path, role in zip(paths[1:], roles[1:], strict=True):
+        bias = getattr(model.get_submodule(path), "bias", None)
+        model.set_submodule(path, View(module, role, bias))
+    for part, mapping in ties:
+        _keep_ties(part, mapping)
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+def _keep_ties(part: PreTrainedModel, mapping: dict[str, str]) -> None:
+    """transformers ties weights by name whenever it loads or resizes: names that are gone must be gone there too."""
+    names = {name for name, _ in part.named_parameters(remove_duplicate=False)}
+    names |= {name for name, _ in part.named_buffers(remove_duplicate=False)}
+    part._tied_weights_keys = {t: s for t, s in mapping.items() if t in names and s in names}
+    part.all_tied_weights_keys = {
+        t: s for t, s in part.all_tied_weights_keys.items() if t in names and s in names
+    }
+
+
+def build(record: Record) -> Hard:
+    """Return the module of a record with empty tensors on the current default device.
+
+    Only classes that the named pass's own module defines can be built; nothing is imported by a path in a record.
+
+    Raises:
+        PlmccError: the pass is not installed, has no such class, or refuses the layout.
+    """
+    import sys
+
+    module = sys.modules[catalog.load(record.name).__module__]
+    kind = vars(module).get(record.kind)
+    place = f"config.json: {record.paths[0]}"
+    if not (isinstance(kind, type) and issubclass(kind, Hard) and kind.__module__ == module.__name__):
+        raise error("PLM402", f"the pass `{record.name}` has no module class `{record.kind}`", place)
+    try:
+        with torch.device("meta"):
+            return kind(**record.layout)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as problem:
+        raise error("PLM402", f"`{record.kind}` refuses its layout: {problem}", place) from None
