@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,11 +61,6 @@ class CompositionalCodes(Pass):
     seed: int = Field(0, ge=0)
     """Of the k-means, or of the autoencoder's weights, batches and noise."""
 
-    @model_validator(mode="after")
-    def _paper_width(self) -> CompositionalCodes:
-        if self.initialisation == "paper" and self.codebooks * self.codewords < 2:
-            raise ValueError("the autoencoder needs codebooks·codewords of at least 2")
-        return self
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield embedding tables; a table not larger than its own codes would be is a miss."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plmcc.api import Hard, Miss, Objective, Pass, Site, Soft
-    from plmcc.apply import Pipeline, Result, apply
+    from plmcc.compiler import Pipeline, Result, apply
     from plmcc.diagnostics import PlmccError
     from plmcc.lower import compile, load
     from plmcc.program import Program
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "plmcc.api": ("Hard", "Miss", "Objective", "Pass", "Site", "Soft"),
-    "plmcc.apply": ("Pipeline", "Result", "apply"),
+    "plmcc.compiler": ("Pipeline", "Result", "apply"),
     "plmcc.diagnostics": ("PlmccError",),
     "plmcc.lower": ("compile", "load"),
     "plmcc.program": ("Program",),

@@ -10,7 +10,7 @@ mismatch instead of random weights.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -21,9 +21,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from plmcc.api import Hard
 from plmcc.diagnostics import error
-from plmcc.rewrite import Record, build, splice
+
+if TYPE_CHECKING:
+    from plmcc.api import Hard
+    from plmcc.rewrite import Record
+
+# This module is imported in the middle of `import transformers` (see plmcc/__init__.py), perhaps by another module
+# of plmcc that is not complete yet: what it needs of those it imports when it is called.
 
 METHOD = "plmcc"
 FORMAT = 1
@@ -98,6 +103,8 @@ class PlmccQuantizationConfig(QuantizationConfigMixin):
 
     def records(self) -> list[Record]:
         """Return the rewritten modules."""
+        from plmcc.rewrite import Record
+
         return [Record.from_json(values) for values in self.modules]
 
 
@@ -168,6 +175,8 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
     Raises:
         PlmccError: the module does not fit the model or the tensors in the file.
     """
+    from plmcc.rewrite import build, splice
+
     primary = _locate(model, record.paths[0])
     if primary is None:
         if record.paths[0].startswith(f"{model.base_model_prefix}.") or "." not in model.base_model_prefix:

@@ -142,10 +142,9 @@ def _source(module: str) -> str:
     parts = module.split(".")
     for length in range(1, len(parts) + 1):
         name = ".".join(parts[:length])
-        # An editable install may map `plmcc.passes` to a folder, so all finders are asked for it.
-        spec = (
-            importlib.util.find_spec(name) if name == _SHIPPED else PathFinder.find_spec(name, path)
-        )
+        # Asking all finders (editable installs have their own) imports the parents: not wanted.
+        known = length == 1 or name == _SHIPPED
+        spec = importlib.util.find_spec(name) if known else PathFinder.find_spec(name, path)
         path = list(spec.submodule_search_locations or []) if spec else []
     if spec is None or spec.origin is None:
         raise CannotSlice(f"no source text of {module}")

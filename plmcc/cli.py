@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plmcc.diagnostics import PlmccError
+from plmcc.diagnostics import PlmccError, error
 
 app = typer.Typer(
     name="plmcc",
@@ -92,6 +92,41 @@ def passes(
     else:
         details = catalog_view.details(name)
         _print_json(details) if output is Format.json else catalog_view.print_details(details)
+
+
+@app.command()
+def apply(
+    recipe: RecipePath,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model directory or hub id.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the result goes.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a result that plmcc wrote there.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Apply a recipe to a model: rewrite, train, write, and verify in a fresh process."""
+    from plmcc.recipe import load_recipe
+
+    load_recipe(recipe, overrides or ())  # mistakes show at once, before torch is imported
+    if output is None:
+        raise error("PLM502", "no output directory is named", "--output", cure="add -o DIR")
+
+    from rich.console import Console
+
+    from plmcc import apply as apply_recipe
+    from plmcc.report import print_summary
+    from plmcc.terminal import calm
+
+    calm()
+    loaded = load_recipe(recipe, overrides or (), real=True)
+    options = {"overwrite": overwrite, "base": recipe.parent, "say": typer.echo}
+    result = apply_recipe(loaded, model, output, **options)
+    print_summary(result, Console())
+    typer.echo(f"written to {result.folder}; a fresh process reloaded it with the same outputs")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 CODES: dict[str, str] = {
     # Files and YAML syntax
     "PLM001": "the file does not exist",
-    "PLM002": "the path is a folder or another thing that is not a file",
+    "PLM002": "the path is a folder",
     "PLM003": "the file cannot be read",
     "PLM004": "the file is too large",
     "PLM005": "the file is not UTF-8 text",

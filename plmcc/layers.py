@@ -33,6 +33,10 @@ class Layer:
     `branches` names the optional arguments on whose absence the code depends. The graph modules
     share their leaf modules with the live layer; `leaves` are the paths that they name. `refusals`
     says why calls that no variant covers cannot be made.
+
+    The graph runs the code of modules in the layer that are not leaves, not the modules: a forward
+    hook on one of these goes on firing if it was there, or transformers records its outputs, when
+    the layer was traced; one that is registered later does not fire.
     """
 
     path: str
@@ -49,8 +53,7 @@ class Layer:
 
     def copy(self) -> Layer:
         """Return the layer with graphs and leaf modules (not tensors) that can be changed."""
-        fresh: dict[int, nn.Module] = {}
-        variants = (replace(v, graph_module=_copied(v.graph_module, fresh)) for v in self.variants)
+        variants = (replace(v, graph_module=_copied(v.graph_module)) for v in self.variants)
         return replace(self, variants=tuple(variants))
 
     def only(self, graph_module: fx.GraphModule) -> Layer:
@@ -116,17 +119,13 @@ def _leaves(graph_modules: Iterable[fx.GraphModule]) -> frozenset[str]:
     return frozenset(target for module in graph_modules for target in targets(module.graph))
 
 
-def _copied(graph_module: fx.GraphModule, fresh: dict[int, nn.Module]) -> fx.GraphModule:
-    """Copy a graph and its leaves; `fresh` keeps a leaf that several graphs share one module."""
+def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph and the leaves that it calls."""
     graph = copy.deepcopy(graph_module.graph)
     found: dict[str, Any] = {}
     for target, op in targets(graph).items():
         value = lookup(graph_module, target)
-        if op == "call_module":
-            if id(value) not in fresh:
-                fresh[id(value)] = _shallow(value)
-            value = fresh[id(value)]
-        found[target] = value
+        found[target] = _shallow(value) if op == "call_module" else value
     result = fx.GraphModule(found, graph, type(graph_module).__name__)
     result.training = graph_module.training
     return result
@@ -181,8 +180,10 @@ def _overlap(target: str, other: str) -> bool:
 def _agree(one: Any, other: Any) -> bool:
     if one is other or not isinstance(one, nn.Module):
         return one is other
-    mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    mine, theirs = one.state_dict(keep_vars=True), other.state_dict(keep_vars=True)
+    return mine.keys() == theirs.keys() and all(
+        mine[name] is theirs[name] or torch.equal(mine[name], theirs[name]) for name in mine
+    )
 
 
 def _place(module: nn.Module, target: str, value: Any) -> None:
@@ -198,17 +199,17 @@ def _place(module: nn.Module, target: str, value: Any) -> None:
 
 def _unchanged(live: Any, value: Any) -> bool:
     """Say whether a leaf of a graph is the live one, or a copy that nobody changed."""
-    if live is value or not isinstance(live, nn.Module):
+    if live is value or not (isinstance(live, nn.Module) and isinstance(value, nn.Module)):
         return live is value
-    pairs = [(live._parameters, value._parameters), (live._buffers, value._buffers)]
-    own = all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in pairs)
-    inner = live._modules.keys() == value._modules.keys()
-    return (
-        type(live) is type(value)
-        and own
-        and inner
-        and all(_unchanged(child, value._modules[name]) for name, child in live._modules.items())
-    )
+    mine, theirs = ({**m._parameters, **m._buffers} for m in (live, value))
+    tensors = mine.keys() == theirs.keys() and all(mine[n] is theirs[n] for n in mine)
+    if (
+        type(live) is not type(value)
+        or not tensors
+        or live._modules.keys() != value._modules.keys()
+    ):
+        return False
+    return all(_unchanged(child, value._modules[n]) for n, child in live._modules.items())
 
 
 def _rewritten_class(layer: Layer) -> type[nn.Module]:

@@ -54,7 +54,8 @@ def options_class(source: str, module: str, name: str | None = None) -> type[Pas
     owner = _pass_class(tree, name)
     owner.body = _kept_members(owner)
     top = _bindings(tree.body)
-    kept = _closure(_names([owner]) | _base_names(owner), top)
+    kept = _closure(_names([owner]), top)
+    _no_surprises(tree, kept - {owner})
     body = [_light_import(node) if _is_import(node) else node for node in tree.body if node in kept]
     body = [*_future(tree), *(node for node in body if node is not owner), owner]
     _describe(owner)
@@ -71,6 +72,8 @@ def _pass_class(tree: ast.Module, name: str | None) -> ast.ClassDef:
     found = [node for node in classes if _is_pass(node) and name in (None, node.name)]
     if len(found) != 1 or found[0].decorator_list:
         raise CannotSlice("not a single plain pass class")
+    if any(found[0].name in _names(node.bases) for node in classes):
+        raise CannotSlice("a pass class with subclasses")
     return found[0]
 
 
@@ -78,8 +81,12 @@ def _is_pass(node: ast.ClassDef) -> bool:
     return any(isinstance(base, ast.Name) and base.id == "Pass" for base in node.bases)
 
 
-def _base_names(owner: ast.ClassDef) -> set[str]:
-    return {name for base in owner.bases for name in _names([base])}
+def _no_surprises(tree: ast.Module, kept: set[ast.stmt]) -> None:
+    """Refuse a file whose other statements (branches, loops, calls) touch what the slice keeps."""
+    bound = {name for node in kept for name in _bound(node)} - {"TYPE_CHECKING"}
+    for node in tree.body:
+        if not any(_bound(node)) and not _is_text(node) and bound & _names([node]):
+            raise CannotSlice(f"line {node.lineno} may change what the options need")
 
 
 def _kept_members(owner: ast.ClassDef) -> list[ast.stmt]:
@@ -138,7 +145,7 @@ def _closure(names: set[str], bindings: dict[str, list[ast.stmt]]) -> set[ast.st
 
 
 def _names(nodes: list[Any]) -> set[str]:
-    """Every name and attribute read below the nodes, those inside quoted annotations included."""
+    """Every name and attribute below the nodes."""
     found: set[str] = set()
     for node in (inner for outer in nodes for inner in ast.walk(outer)):
         if isinstance(node, ast.Name):

@@ -38,9 +38,9 @@ class Program:
         """Return the embedding tables; modules that share one parameter are one site.
 
         The first path of the model's token table is the module that reads the input ids. Facts:
-        `num_embeddings`, `embedding_dim`, `padding_idx`, `scale` (output = scale * row), `head_bias`
-        (whether a head adds one), `is_input` (whether it is the token table). A module that is not
-        a scaled look-up of its rows (offset or computed positions) is a `Miss`.
+        `num_embeddings`, `embedding_dim`, `padding_idx`, `scale` (output = scale * row),
+        `head_bias` (whether a head adds one), `is_input` (whether it is the token table). A module
+        that is not a scaled look-up of its rows (offset or computed positions) is a `Miss`.
         """
         return [self._table(paths) for paths in self._groups(nn.Embedding)]
 

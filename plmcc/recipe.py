@@ -15,16 +15,8 @@ from plmcc import catalog
 from plmcc.diagnostics import Diagnostic, Place, PlmccError, error
 from plmcc.options import Pass
 from plmcc.recipe_errors import explain, shown
-from plmcc.recipe_models import (
-    Data,
-    Distill,
-    Evaluate,
-    Lower,
-    Recipe,
-    Stage,
-    Synthetic,
-    Train,
-)
+from plmcc.recipe_models import Recipe, Stage
+from plmcc.recipe_parts import Data, Distill, Evaluate, Lower, Synthetic, Train
 from plmcc.recipe_set import override
 from plmcc.recipe_text import Document, Steps, compose, read_text
 

@@ -130,7 +130,8 @@ def _diagnostic(
     group: list[_Found], model: Any, document: Document, base: Steps, data: Any
 ) -> Diagnostic:
     first, kind = group[0], group[0].details["type"]
-    place = document.place((*base, *first.path), key=first.key or kind == "missing")
+    whole = bool(base) and not first.path  # a pass: its name says more than its first option
+    place = document.place((*base, *first.path), key=first.key or whole)
     if kind in _UNKNOWN:
         code, message, allowed, cure = _unknown_key(first.path, model, base)
         return Diagnostic(code, message, place, "", allowed, cure)

@@ -21,7 +21,9 @@ def recipe_schema() -> dict[str, Any]:
     forms, owned = _pass_forms()
     definitions |= owned | {"Pass": {"description": "A pass and its options.", "oneOf": forms}}
     schema = {"$schema": "http://json-schema.org/draft-07/schema#", **schema}
-    schema |= {"title": "plmcc recipe", "required": ["plmcc"], "definitions": definitions}
+    description = "How a pretrained language model is to be compressed."
+    schema |= {"title": "plmcc recipe", "description": description, "required": ["plmcc"]}
+    schema |= {"definitions": definitions}
     adapted = _draft_07(schema)
     assert isinstance(adapted, dict)
     return adapted

@@ -49,13 +49,12 @@ def read_text(path: Path) -> str:
     """Return the text of a recipe file.
 
     Raises:
-        PlmccError: the file is missing, is not a file, cannot be read, is too large or is not
-            UTF-8.
+        PlmccError: the file is missing, a folder, unreadable, too large, or not UTF-8.
     """
     place = str(path)
     try:
         with path.open("rb") as stream:
-            raw = stream.read(_MAX_BYTES + 1) if path.is_file() else None
+            raw = stream.read(_MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise error("PLM001", "the file does not exist", place, cure=_neighbours(path)) from None
     except IsADirectoryError:
@@ -63,8 +62,6 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
         raise error("PLM003", f"cannot read the file: {reason}", place) from None
-    if raw is None:
-        raise error("PLM002", "this is not a regular file", place)
     if len(raw) > _MAX_BYTES:
         raise error("PLM004", "the file is larger than 1 MiB, too large for a recipe", place)
     return _decoded(raw, place)
@@ -74,8 +71,7 @@ def compose(text: str, file: str) -> Document:
     """Return the values of a YAML text with their places.
 
     Raises:
-        PlmccError: a syntax error (alone, since nothing after it can be read), or everything
-            refused.
+        PlmccError: a syntax error, alone since it hides the rest; or everything refused.
     """
     lines = _LINE_BREAK.split(text)
     try:
@@ -247,10 +243,10 @@ class _Reader:
         if kind == "int":
             return int(text, _BASES.get(text[:2], 10))
         number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
-        if math.isnan(number) or (math.isinf(number) and "inf" not in text):
-            self._report("PLM020", "not a number that can be computed with", node, given=text)
-            return 0.0
-        return number
+        if math.isfinite(number):
+            return number
+        self._report("PLM020", "a number must be finite", node, given=text)
+        return 0.0
 
     def _report(
         self, code: str, message: str, node: yaml.Node, given: str = "", cure: str = ""

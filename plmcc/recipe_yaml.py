@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -35,6 +35,7 @@ class Loader(yaml.SafeLoader):
         self.depth = self.count = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse a tag, and what is too deep or too much, before composing it."""
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
         self.count += 1
         self.depth += 1
@@ -43,7 +44,7 @@ class Loader(yaml.SafeLoader):
         if self.count > MAX_VALUES:
             _refuse("PLM018", f"more than {MAX_VALUES} values", event)
         tagged = isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent))
-        tag: str | None = event.tag if tagged else None
+        tag: str | None = cast(Any, event).tag if tagged else None
         if tag:
             _refuse("PLM015", f"the tag `{tag}` is not allowed: a recipe is plain data", event)
         node = super().compose_node(parent, index)
@@ -51,6 +52,7 @@ class Loader(yaml.SafeLoader):
         return node
 
     def scan_flow_scalar_non_spaces(self, double: bool, start_mark: yaml.Mark) -> Any:
+        """Give the place of an escape that PyYAML fails on."""
         try:
             return super().scan_flow_scalar_non_spaces(double, start_mark)
         except (ValueError, OverflowError):  # an escape beyond U+10FFFF
@@ -58,6 +60,7 @@ class Loader(yaml.SafeLoader):
             raise yaml.scanner.ScannerError(None, None, "no such character", mark) from None
 
     def scan_yaml_directive_number(self, start_mark: yaml.Mark) -> Any:
+        """Give the place of a version that PyYAML fails on."""
         try:
             return super().scan_yaml_directive_number(start_mark)
         except ValueError:  # more digits than Python converts

@@ -152,9 +152,10 @@ class LayerTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         if KWARGS in kwargs:
             _check_passes_on(type(m))
-        if "forward" in vars(m):
-            raise TraceError(f"`forward` of `{path}` is replaced on the instance")
-        output = forward(*args, **kwargs)
+        if "forward" in vars(m) or m._forward_pre_hooks or m._backward_hooks:
+            raise TraceError(f"`{path}` has hooks that change how it runs")
+        # Not `forward`: that would run the hooks now, on symbolic values.
+        output = type(m).forward(m, *args, **kwargs)
         if path in self.taps or m._forward_hooks:
             module = self.create_proxy("get_attr", path, (), {})
             self.create_proxy("call_function", fire_hooks, (module, tuple(args), output), {})

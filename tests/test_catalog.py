@@ -195,6 +195,13 @@ def test_a_slice_without_postponed_annotations() -> None:
         ("from plmcc.api import Pass, Layout\nclass A(Pass):\n  a: Layout = {}", "Layout"),
         ("from plmcc.api import Pass\nclass A(Pass):\n  a: Missing = 1", "Missing"),
         ("from plmcc.api import Pass\nclass A(Pass):\n  a: int = 1 / 0", "zero"),
+        ("from plmcc.api import Pass\nclass A(Pass): pass\nclass B(A): pass", "subclasses"),
+        ("from plmcc.api import Pass\nX = 1\nX += 1\nclass A(Pass):\n  a: int = X", "line 3"),
+        ("from plmcc.api import Pass\nX = 1\nif X: X = 2\nclass A(Pass):\n  a: int = X", "line 3"),
+        (
+            "from plmcc.api import Pass\nX = []\nX.clear()\nclass A(Pass):\n  a: list = X",
+            "line 3",
+        ),
         ("class Pass: pass\nclass A(Pass): pass", "not a pass"),
     ],
 )
@@ -211,7 +218,7 @@ MODULE = '''
 from __future__ import annotations
 import torch
 from typing import ClassVar
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from plmcc.api import Hard, Pass, Soft
 
@@ -221,6 +228,12 @@ class Mirror(Pass):
     hazards: ClassVar[tuple[str, ...]] = ("It is only a test.",)
     angle: int = Field(180, ge=0, le=360)
     """In degrees."""
+
+    @model_validator(mode="after")
+    def _is_lucky(self) -> Mirror:
+        if self.angle == 13:
+            raise ValueError("thirteen is no angle")
+        return self
 
     def replace(self, site: object) -> Soft:
         return Soft()
@@ -300,6 +313,9 @@ def test_a_recipe_with_a_foreign_pass(installed: Path, tmp_path: Path) -> None:
     assert plmcc(installed, "check", str(recipe)).returncode == 0
     recipe.write_text("plmcc: 1\npasses: [mirror: {angel: 90}]\n")
     assert "did you mean `angle`?" in plmcc(installed, "check", str(recipe)).stderr
+    recipe.write_text("plmcc: 1\npasses: [mirror: {angle: 13}]\n")
+    said = f"{recipe}:2:10: error PLM107: `mirror` is not valid: thirteen is no angle"
+    assert said in plmcc(installed, "check", str(recipe)).stderr
     recipe.write_text("plmcc: 1\npasses: [raising]\n")
     done = plmcc(installed, "check", str(recipe))
     assert done.returncode == 1

@@ -147,12 +147,15 @@ def test_a_reader_that_leaves() -> None:
 
 def test_an_interrupt(tmp_path: Path) -> None:
     pipe = tmp_path / "recipe.yaml"
-    os.mkfifo(pipe)  # reading it waits, so the interrupt comes in the middle of the command
+    os.mkfifo(pipe)  # opening it waits for the command, which then waits for the text
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [*RUN, "check", str(pipe)], env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        time.sleep(1.5)
+    with (
+        subprocess.Popen(
+            [*RUN, "check", str(pipe)], env=environment, stderr=subprocess.PIPE, text=True
+        ) as process,
+        pipe.open("wb"),
+    ):
+        time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 130

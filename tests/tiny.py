@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 VOCAB = 99
 PAD, BOS, EOS = 0, 1, 2
 _SEED = 20
+# For tensors this small, handing work to threads costs a hundred times the work.
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,14 @@ def tiny(name: str, *, dropout: float = 0.0, attention: str = "eager") -> PreTra
         torch.manual_seed(_SEED)
         model: PreTrainedModel = getattr(hf, entry.model)(config)
         if entry.untied:
-            head = model.get_output_embeddings()
+            head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def inputs(name: str, batch: int = 3, length: int = 10) -> dict[str, Tensor]:

@@ -1,0 +1,321 @@
+"""From a recipe and a model to a verified artifact, stage by stage."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import concatenate_datasets
+from transformers import PreTrainedModel, set_seed
+
+from plmcc import artifact, rewrite
+from plmcc.api import Pass
+from plmcc.bench import Latency, measure
+from plmcc.data import SYNTHETIC, Rows, load_rows, synthetic_rows
+from plmcc.diagnostics import error
+from plmcc.evaluate import Evaluator
+from plmcc.recipe import Data, Evaluate, Recipe, Stage, Train
+from plmcc.report import write_documents
+from plmcc.size import check_file, component_bytes
+from plmcc.source import Source, load_source
+from plmcc.tasks import classes_of, collator, encode
+from plmcc.train import Lesson, train
+from plmcc.verify import in_fresh_process, outputs, probe_inputs, record
+
+Say = Callable[[str], None]
+_HARDEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class Result:
+    """What `apply` did: the compressed model, and everything that was measured. Sizes are bytes, times seconds."""
+
+    model: PreTrainedModel
+    records: list[rewrite.Record] = field(default_factory=list)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    misses: list[dict[str, str]] = field(default_factory=list)
+    bytes_before: dict[str, int] = field(default_factory=dict)
+    bytes_after: dict[str, int] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    latency: list[Latency] = field(default_factory=list)
+    training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes composed in Python: `Pipeline([CompositionalCodes(codebooks=32)])(model)` rewrites in place.
+
+    With `train`, the model is fine-tuned between rewriting and hardening; that needs a `source` with a tokenizer
+    unless the data is synthetic.
+    """
+
+    passes: Sequence[Pass]
+    train: Train | None = None
+    seed: int = 0
+
+    def __call__(self, model: PreTrainedModel | Source) -> PreTrainedModel:
+        """Rewrite a model and return it; `save_pretrained` then writes an artifact.
+
+        Raises:
+            PlmccError: a pass does not fit the model, or training fails.
+        """
+        from plmcc.tasks import task_of
+
+        source = model if isinstance(model, Source) else Source(model, task_of(model.config), type(model).__name__)
+        recipe = Recipe(passes=list(self.passes), train=self.train, seed=self.seed)
+        return run(recipe, source, lambda _: None).model
+
+
+def apply(
+    recipe: Recipe,
+    model: str | Path | Source | None = None,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    base: Path | None = None,
+    say: Say = lambda _: None,
+) -> Result:
+    """Apply a recipe to a model and write the artifact.
+
+    Args:
+        recipe: with passes of real classes (`load_recipe(path, real=True)`).
+        model: a directory, a hub id or a loaded `Source`; by default the recipe's `model`.
+        output: the artifact directory; None writes nothing.
+        overwrite: replace an existing directory.
+        base: the folder that relative data paths may start at besides the current one.
+        say: called with every line for the user.
+
+    Raises:
+        PlmccError: anything wrong with the recipe, the model, the data, the training or the result. The output
+            directory then does not exist, or is as it was before.
+    """
+    target = _free(Path(output), overwrite) if output is not None else None
+    name = model or recipe.model
+    if name is None:
+        raise error("PLM502", "no model is named", f"recipe {recipe.name}", cure="add MODEL to the command line")
+    source = name if isinstance(name, Source) else load_source(name, recipe.task, _classes(recipe, base))
+    result = run(recipe, source, say, base)
+    if target is not None:
+        _write(recipe, source, result, target, say)
+    return result
+
+
+def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> Result:
+    """Rewrite, train and harden a loaded model in place, and evaluate it. Writes nothing."""
+    set_seed(recipe.seed)
+    model = source.model.eval()
+    result = Result(model, bytes_before=component_bytes(model))
+    rows = _evaluation_rows(recipe, source, base)
+    lessons = {stage.name: _lesson(stage, recipe, source, base) for stage in recipe.steps() if stage.train}
+    matched = _matched(recipe, model, 0)
+    _announce(recipe, source, matched, say)
+    original = source.original() if _needs_original(recipe) else None
+    before = _figures(recipe, source, rows, original, say, "the original") if rows else []
+    for index, stage in enumerate(recipe.steps()):
+        matched = matched if index == 0 else _matched(recipe, model, index)
+        _stage(stage, matched, lessons.get(stage.name), original, result, say)
+    artifact.adopt(model, result.records)
+    result.bytes_after = component_bytes(model, [item.paths[0] for item in result.records])
+    result.bytes_before = component_bytes(original, [i.paths[0] for i in result.records]) if original else result.bytes_before
+    after = _figures(recipe, source, rows, original, say, "the result") if rows else []
+    result.metrics = [
+        {"metric": asked.metric, "data": asked.data, "before": b, "after": a}
+        for asked, b, a in zip(recipe.evaluate, before, after, strict=False)
+    ]
+    if original is not None and (recipe.lower or recipe.evaluate):
+        say("measuring latency")
+        compiled = recipe.lower is not None
+        result.latency = _timed(lambda: measure(original, model, compiled=compiled), "latency", result)
+    return result
+
+
+def _timed(work: Callable[[], Any], name: str, result: Result) -> Any:
+    start = time.perf_counter()
+    done = work()
+    result.seconds[name] = round(time.perf_counter() - start, 3)
+    return done
+
+
+def _matched(recipe: Recipe, model: PreTrainedModel, stage: int) -> rewrite.Matched:
+    passes = recipe.steps()[stage].passes
+    places = [recipe.pass_place(stage, index, "targets") for index in range(len(passes))]
+    return rewrite.match(model, passes, places)
+
+
+def _stage(
+    stage: Stage, matched: rewrite.Matched, lesson: Lesson | None, original: PreTrainedModel | None,
+    result: Result, say: Say,
+) -> None:  # fmt: skip
+    """Replace, train, harden."""
+    model = result.model
+    say(f"stage {stage.name}: rewriting {len(matched.sites)} site(s)")
+    done = _timed(lambda: rewrite.replace_all(model, matched), f"{stage.name}.replace", result)
+    result.misses += [{"path": miss.path, "reason": miss.reason} for _, miss in matched.misses]
+    if stage.train is not None and lesson is not None:
+        say(f"stage {stage.name}: training on {len(lesson.train)} rows")
+        lesson = _with_teacher(lesson, stage.train, original)
+        log = _timed(lambda: train(model, stage.train, lesson, done), f"{stage.name}.train", result)
+        result.training[stage.name] = log
+    model.eval()
+    inputs = probe_inputs(model)
+    soft = outputs(model, inputs)["output"]
+    records = rewrite.harden_all(model, done)
+    _check_harden(soft, outputs(model, inputs)["output"], model, stage.name)
+    result.records += records
+    result.sites += [
+        {"pass": d.name, "paths": list(d.site.paths), "figures": d.soft.facts(), "layout": r.layout}
+        for d, r in zip(done, records, strict=True)
+    ]
+
+
+def _check_harden(soft: torch.Tensor, hard: torch.Tensor, model: PreTrainedModel, stage: str) -> None:
+    scale = float(soft.abs().max().clamp(min=1e-6))
+    difference = float((soft - hard).abs().max()) / scale
+    if not difference <= _HARDEN_TOLERANCE.get(model.dtype, 5e-2):
+        message = f"hardening changed the outputs of stage {stage} by {difference:.3g} of their scale"
+        raise error("PLM402", message, f"stage {stage}")
+
+
+def _needs_original(recipe: Recipe) -> bool:
+    taught = any(stage.train and stage.train.distill for stage in recipe.steps())
+    return taught or bool(recipe.evaluate) or recipe.lower is not None
+
+
+def _with_teacher(lesson: Lesson, settings: Train, original: PreTrainedModel | None) -> Lesson:
+    from dataclasses import replace
+
+    if settings.distill is None:
+        return lesson
+    if settings.distill.teacher == "original":
+        return replace(lesson, teacher=original)
+    teacher = load_source(settings.distill.teacher, lesson.task).model
+    return replace(lesson, teacher=teacher.requires_grad_(False))
+
+
+def _lesson(stage: Stage, recipe: Recipe, source: Source, base: Path | None) -> Lesson:
+    """Read and encode a stage's data; wrong data ends here, before anything is fitted."""
+    assert stage.train is not None
+    data = stage.train.data
+    collate = collator(source.task, source.tokenizer)
+    options = {"pooling": source.pooling, "seed": recipe.seed}
+    if data.train == SYNTHETIC:
+        vocabulary = int(source.model.config.get_text_config().vocab_size)
+        settings = data.synthetic or _default_synthetic()
+        drawn = synthetic_rows(settings, vocabulary, source.tokenizer, recipe.seed)
+        return Lesson(source.task, drawn, collate, **options)  # type: ignore[arg-type]
+    encoded = _encoded(data, data.train, source, base)
+    evaluated = _encoded(data, data.eval, source, base) if data.eval else None
+    return Lesson(source.task, encoded, collate, eval=evaluated, **options)  # type: ignore[arg-type]
+
+
+def _default_synthetic() -> Any:
+    from plmcc.recipe import Synthetic
+
+    return Synthetic()
+
+
+def _encoded(data: Data, names: str | list[str], source: Source, base: Path | None) -> Any:
+    tokenizer = source.need_tokenizer("training on text")
+    rows = load_rows(names, data.text, data.label, data.limit, base)
+    classes = classes_of(source.model) if source.task == "text-classification" else 0
+    return concatenate_datasets([encode(rows, source.task, tokenizer, data.max_length, classes)])
+
+
+def _classes(recipe: Recipe, base: Path | None) -> int | None:
+    """The number of classes that labelled training data shows, for a head that has to be made."""
+    if recipe.task != "text-classification":
+        return None
+    for stage in recipe.steps():
+        if stage.train and stage.train.data.train != SYNTHETIC:
+            data = stage.train.data
+            rows = load_rows(data.train, data.text, data.label, data.limit, base)
+            labels = {int(v) for v in rows.labels() if str(v).lstrip("-").isdigit()} if rows.label else set()
+            return max(labels, default=1) + 1
+    return None
+
+
+def _evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[Rows]:
+    if recipe.evaluate:
+        source.need_tokenizer("evaluation")
+    return [load_rows(asked.data, asked.text, asked.label, asked.limit, base) for asked in recipe.evaluate]
+
+
+def _figures(
+    recipe: Recipe, source: Source, rows: list[Rows], original: PreTrainedModel | None, say: Say, what: str
+) -> list[float]:
+    say(f"evaluating {what}")
+    evaluator = Evaluator(source.model, source.need_tokenizer("evaluation"), source.pooling, original)
+    asked: list[tuple[Evaluate, Rows]] = list(zip(recipe.evaluate, rows, strict=True))
+    return [evaluator.compute(figure.metric, table) for figure, table in asked]
+
+
+def _announce(recipe: Recipe, source: Source, matched: rewrite.Matched, say: Say) -> None:
+    say(f"recipe {recipe.name} on {source.name} ({type(source.model).__name__}, task {source.task})")
+    for stage in recipe.steps():
+        trained = f"{stage.train.data.train}" if stage.train else "no training"
+        say(f"  stage {stage.name}: {', '.join(type(p).__name__ for p in stage.passes)}; {trained}")
+    for _, site in matched.sites:
+        also = f" (tied: {', '.join(site.paths[1:])})" if len(site.paths) > 1 else ""
+        say(f"  will rewrite {site.path}{also}")
+    for _, miss in matched.misses:
+        say(f"  leaves {miss.path}: {miss.reason}")
+
+
+def _free(target: Path, overwrite: bool) -> Path:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise error("PLM501", "this exists and is no directory", str(target), cure="choose another output")
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            cure = "add --overwrite, or choose another output"
+            raise error("PLM501", "the output directory exists", str(target), cure=cure)
+        if not (target / "plmcc.lock.json").exists():
+            message = "the output directory exists and was not written by plmcc"
+            raise error("PLM501", message, str(target), cure="remove it yourself, or choose another output")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".plmcc-", dir=target.parent)).rmdir()
+    except OSError as problem:
+        raise error("PLM501", f"nothing can be written there: {problem.strerror}", str(target)) from None
+    return target
+
+
+def _write(recipe: Recipe, source: Source, result: Result, target: Path, say: Say) -> None:
+    """Write beside the target, prove it in a fresh process, then rename: what has the name is finished."""
+    say("writing and verifying")
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
+    try:
+        draft.chmod(0o755)
+        save(source, result, draft)
+        check_file(draft, result.bytes_after)
+        result.seconds["verified_difference"] = in_fresh_process(draft)
+        write_documents(recipe, source, result, draft)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+    except OSError as problem:
+        raise error("PLM501", f"the artifact cannot be written: {problem.strerror or problem}", str(target)) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    result.folder = target
+
+
+def save(source: Source, result: Result, folder: Path) -> None:
+    """Write model, tokenizer, the model's other files and the probes into a folder."""
+    result.model.save_pretrained(folder)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+    for file in source.other_files():
+        assert source.folder is not None
+        copy = folder / file.relative_to(source.folder)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    record(result.model, folder)

@@ -1,0 +1,135 @@
+"""Figures of a model on data: task metrics through scikit-learn and scipy, perplexity, fidelity to the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from scipy import stats
+from sklearn import metrics
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from plmcc.data import Rows, check_class_labels
+from plmcc.diagnostics import error
+from plmcc.tasks import Pooling, classes_of, last_states
+
+_BATCH = 64
+_CLASSES: dict[str, Callable[[list[int], list[int]], float]] = {
+    "accuracy": metrics.accuracy_score,
+    "f1": lambda truth, found: metrics.f1_score(truth, found, average="binary" if max(truth) < 2 else "macro"),
+    "matthews": metrics.matthews_corrcoef,
+}
+_CORRELATIONS: dict[str, Callable[[Any, Any], Any]] = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}
+
+
+class Evaluator:
+    """Computes metrics of one model. `original` is what `fidelity` compares with."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: Pooling,
+        original: PreTrainedModel | None = None,
+        max_length: int = 128,
+    ) -> None:
+        self.model, self.tokenizer, self.pooling, self.original = model.eval(), tokenizer, pooling, original
+        self.max_length = min(max_length, tokenizer.model_max_length)
+
+    @torch.no_grad()
+    def compute(self, metric: str, rows: Rows) -> float:
+        """Return a metric; correlations, accuracies and fidelity are in percent, perplexity is per token.
+
+        Raises:
+            PlmccError: the rows or the model do not have what the metric needs.
+        """
+        if metric in _CORRELATIONS:
+            return 100 * self._correlation(_CORRELATIONS[metric], rows)
+        if metric in _CLASSES:
+            return 100 * self._classification(_CLASSES[metric], rows)
+        if metric == "perplexity":
+            return self._perplexity(rows)
+        assert metric == "fidelity", metric
+        return 100 * self._fidelity(rows)
+
+    def embed(self, texts: list[str], model: PreTrainedModel | None = None) -> Tensor:
+        """Return pooled outputs (N, D), float32, of length 1."""
+        parts: list[tuple[list[int], Tensor]] = []
+        for order, batch in self._batches(texts):
+            output = (model or self.model)(**batch, output_hidden_states=True)
+            parts.append((order, self.pooling(last_states(output), batch["attention_mask"]).cpu()))
+        return _restored(parts, len(texts))
+
+    def _batches(self, *texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Batches of texts of similar length, with the positions they come from."""
+        order = sorted(range(len(texts[0])), key=lambda i: sum(len(column[i]) for column in texts))
+        for start in range(0, len(order), _BATCH):
+            part = order[start : start + _BATCH]
+            columns = [[column[i] for i in part] for column in texts]
+            options = {"padding": True, "truncation": True, "max_length": self.max_length}
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            batch = self.tokenizer(*columns, return_tensors="pt", **options)
+            yield part, dict(batch.to(self.model.device))
+
+    def _correlation(self, measure: Callable[[Any, Any], Any], rows: Rows) -> float:
+        if len(rows.text) != 2:
+            raise error("PLM301", "a correlation needs two columns of text", rows.source, cure="name them with `text:`")
+        first, second = (self.embed(rows.texts(column)) for column in (0, 1))
+        labels = [float(value) for value in rows.labels()]
+        return float(measure((first * second).sum(-1).numpy(), labels)[0])
+
+    def _classification(self, measure: Callable[[list[int], list[int]], float], rows: Rows) -> float:
+        columns = [rows.texts(column) for column in range(len(rows.text))]
+        parts = [(order, self._logits(batch).argmax(-1).cpu()) for order, batch in self._batches(*columns)]
+        labels = check_class_labels(rows, classes_of(self.model))
+        return float(measure(labels, _restored(parts, len(rows)).tolist()))
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.model(**batch).get("logits")
+        if logits is None or logits.dim() != 2:
+            raise error("PLM303", "this metric needs a model with a classification head", "evaluate",
+                        cure="set `task: text-classification`")  # fmt: skip
+        return logits  # type: ignore[no-any-return]
+
+    def _perplexity(self, rows: Rows) -> float:
+        total, tokens = 0.0, 0
+        for _, batch in self._batches(rows.texts()):
+            logits = self.model(**batch).get("logits")
+            if logits is None or logits.dim() != 3:
+                raise error("PLM303", "perplexity needs a language model", "evaluate", cure="set `task: text-generation`")
+            targets_BL = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BL.flatten(), reduction="sum")
+            total, tokens = total + float(loss), tokens + int((targets_BL != -100).sum())
+        mean = total / max(1, tokens)
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def _fidelity(self, rows: Rows) -> float:
+        """Mean cosine to the original: of pooled outputs, or of logits where the model has a head."""
+        assert self.original is not None, "fidelity compares with the original"
+        texts = [text for column in range(len(rows.text)) for text in rows.texts(column)]
+        cosines: list[Tensor] = []
+        for _, batch in self._batches(texts):
+            mine, theirs = (self._signature(model, batch) for model in (self.model, self.original))
+            cosines.append(F.cosine_similarity(mine, theirs, dim=-1).cpu())
+        return float(torch.cat(cosines).mean())
+
+    def _signature(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        output = model(**batch, output_hidden_states=True)
+        logits = output.get("logits")
+        if logits is None:
+            return self.pooling(last_states(output), batch["attention_mask"])
+        logits = logits.float() - logits.float().mean(-1, keepdim=True)
+        return logits if logits.dim() == 2 else logits[batch["attention_mask"].bool()]
+
+
+def _restored(parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
+    order = torch.tensor([index for part, _ in parts for index in part])
+    values = torch.cat([value for _, value in parts])
+    result = torch.empty((count, *values.shape[1:]), dtype=values.dtype)
+    result[order] = values
+    return result

@@ -1,0 +1,64 @@
+"""Bytes of a model by component, as they are on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plmcc.diagnostics import error
+
+
+def component_bytes(model: PreTrainedModel, rewritten: Iterable[str] = ()) -> dict[str, int]:
+    """Return bytes by component: each rewritten path, the embedding tables, each stack of layers, the rest.
+
+    A tensor that several modules share counts once, for the first of them. Non-persistent buffers do not count:
+    they are not in a file.
+    """
+    tables = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    stacks = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    owners = [*rewritten, *sorted(tables), *sorted(stacks, key=len)]
+    sizes: dict[str, int] = {}
+    for name, value in _tensors(model).items():
+        owner = next((path for path in owners if name.startswith(f"{path}.")), "other")
+        sizes[owner] = sizes.get(owner, 0) + value.nbytes
+    return sizes
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's tensors, shared ones once."""
+    seen = {id(value): value.nbytes for value in module.state_dict(keep_vars=True).values()}
+    return sum(seen.values())
+
+
+def file_bytes(folder: Path) -> int:
+    """Return the bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != "probes.safetensors")
+
+
+def check_file(folder: Path, expected: dict[str, int]) -> None:
+    """Compare the tensors in the weight files with what the components should take.
+
+    Raises:
+        PlmccError: the files hold more or fewer bytes of tensors.
+    """
+    stored = 0
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            stored += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+    if stored != sum(expected.values()):
+        given = f"{stored} bytes of tensors on disk, {sum(expected.values())} in memory"
+        raise error("PLM402", "the weight file does not hold the model", str(folder), given=given)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value
+    return found

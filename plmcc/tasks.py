@@ -1,0 +1,180 @@
+"""What a model is for: the Auto class that loads it, its batches, its own loss, and its pooled output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plmcc.data import Rows, check_class_labels
+from plmcc.diagnostics import error
+
+_AUTO = {
+    "sentence-similarity": "AutoModel",
+    "feature-extraction": "AutoModel",
+    "text-classification": "AutoModelForSequenceClassification",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-generation": "AutoModelForCausalLM",
+}
+_HEADS = {
+    "ForSequenceClassification": "text-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
+
+
+def task_of(config: PreTrainedConfig, folder: Path | None = None) -> str:
+    """Return the task that a checkpoint was made for, by its architecture; a sentence encoder has a modules.json."""
+    architecture = (config.architectures or [""])[0]
+    for ending, task in _HEADS.items():
+        if architecture.endswith(ending):
+            return task
+    if folder is not None and (folder / "modules.json").exists():
+        return "sentence-similarity"
+    return "feature-extraction"
+
+
+def auto_class(task: str, config: PreTrainedConfig) -> Any:
+    """Return the class to load with: the task's Auto class, or for plain features the checkpoint's own class."""
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    if task == "feature-extraction" and architecture is not None:
+        return architecture
+    return getattr(transformers, _AUTO[task])
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token states become one vector: "mean", "cls" or "max" over the real tokens, as in the model's own files."""
+
+    mode: str = "mean"
+
+    @classmethod
+    def of(cls, folder: Path | None) -> Pooling:
+        """Read a sentence-transformers folder; mean pooling where it says nothing.
+
+        Raises:
+            PlmccError: the folder names a pooling that plmcc does not know.
+        """
+        file = folder / "1_Pooling" / "config.json" if folder else None
+        if file is None or not file.exists():
+            return cls()
+        values = json.loads(file.read_text(encoding="utf-8"))
+        named = values.get("pooling_mode")
+        modes = [named] if isinstance(named, str) else [
+            key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for key, chosen in values.items() if key.startswith("pooling_mode_") and chosen
+        ]  # fmt: skip
+        if len(modes) != 1 or modes[0] not in ("mean", "cls", "max"):
+            raise error("PLM303", "this pooling is not known", str(file), given=", ".join(modes), allowed="mean, cls, max")
+        return cls(modes[0])
+
+    def __call__(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Return one vector a row (B, D), of length 1."""
+        mask_BL1 = mask_BL[..., None].to(states_BLD.dtype)
+        if self.mode == "cls":
+            first_B = mask_BL.argmax(-1)
+            pooled = states_BLD[torch.arange(len(states_BLD), device=states_BLD.device), first_B]
+        elif self.mode == "max":
+            pooled = states_BLD.masked_fill(mask_BL1 == 0, -torch.inf).amax(1)
+        else:
+            pooled = (states_BLD * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)
+        return F.normalize(pooled.float(), dim=-1)
+
+
+def encode(
+    rows: Rows, task: str, tokenizer: PreTrainedTokenizerBase, max_length: int, classes: int
+) -> Dataset:
+    """Turn rows into model inputs, with `labels` where the task has its own loss.
+
+    A labelled pair of a similarity task becomes `input_ids` and `other_ids` with a label in 0..1 (scaled by the
+    largest and smallest label); without labels, the two texts of a pair are separate rows.
+    """
+    length = min(max_length, tokenizer.model_max_length)
+    tokenize = _Tokenize(tokenizer, length)
+    if task == "text-classification":
+        columns = [rows.texts(column) for column in range(len(rows.text))]
+        inputs = tokenize(*columns)
+        if rows.label is not None:
+            inputs["labels"] = check_class_labels(rows, classes)
+        return Dataset.from_dict(inputs)
+    if task == "sentence-similarity" and len(rows.text) == 2 and rows.label is not None:
+        return _labelled_pairs(rows, tokenize)
+    return Dataset.from_dict(tokenize([text for c in range(len(rows.text)) for text in rows.texts(c)]))
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+
+    def __call__(self, *texts: list[str]) -> dict[str, Any]:
+        return dict(self.tokenizer(*texts, truncation=True, max_length=self.length))
+
+
+def _labelled_pairs(rows: Rows, tokenize: _Tokenize) -> Dataset:
+    try:
+        scores = [float(value) for value in rows.labels()]
+    except (TypeError, ValueError) as problem:
+        raise error("PLM302", f"a similarity label is not a number: {problem}", f"{rows.source}: {rows.label}") from None
+    low, high = min(scores), max(scores)
+    inputs = tokenize(rows.texts(0))
+    inputs["other_ids"] = tokenize(rows.texts(1))["input_ids"]
+    inputs["labels"] = [(score - low) / max(high - low, 1e-9) for score in scores]
+    return Dataset.from_dict(inputs)
+
+
+def collator(task: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """Return the function that pads examples into a batch."""
+    if tokenizer is None:
+        return _stack
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if task in ("fill-mask", "text-generation"):
+        make = transformers.DataCollatorForLanguageModeling
+        return make(tokenizer, mlm=task == "fill-mask")  # type: ignore[return-value]
+    pad = transformers.DataCollatorWithPadding(tokenizer)
+    return lambda rows: _pad_pairs(rows, pad)
+
+
+def _stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def _pad_pairs(rows: list[dict[str, Any]], pad: Any) -> dict[str, Tensor]:
+    """The second texts of pairs follow the first ones as further rows of the batch."""
+    others = [{"input_ids": row["other_ids"]} for row in rows if "other_ids" in row]
+    if not others:
+        return dict(pad(rows))
+    labels = torch.tensor([row["labels"] for row in rows])
+    firsts = [{"input_ids": row["input_ids"]} for row in rows]
+    return dict(pad(firsts + others)) | {"labels": labels}
+
+
+def similarity_loss(pooled_BD: Tensor, labels_N: Tensor) -> Tensor:
+    """Mean squared difference of cosine and label; rows N to 2N-1 are the second texts."""
+    first_ND, second_ND = pooled_BD.chunk(2)
+    return F.mse_loss((first_ND * second_ND).sum(-1), labels_N.float())
+
+
+def last_states(output: Any) -> Tensor:
+    """Return the last hidden states (B, L, D) of any model's output."""
+    states = output.get("last_hidden_state")
+    if states is None:
+        states = output["hidden_states"][-1]
+    assert isinstance(states, Tensor)
+    return states
+
+
+def classes_of(model: PreTrainedModel) -> int:
+    """Return the number of classes of the head."""
+    return int(model.config.num_labels)

@@ -1,0 +1,17 @@
+"""What libraries print while plmcc runs."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import transformers
+from transformers.utils import logging
+
+
+def calm() -> None:
+    """Keep transformers' notes about things plmcc does on purpose off the terminal; errors still show."""
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"torch\..*|transformers\..*|accelerate\..*")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

@@ -1,0 +1,278 @@
+"""Fine-tuning a rewritten model: transformers.Trainer with the passes' objectives and distillation."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from plmcc.api import Objective
+from plmcc.diagnostics import error
+from plmcc.recipe import Distill, Train
+from plmcc.rewrite import Replacement
+from plmcc.tasks import Pooling, last_states, similarity_loss
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Everything a stage's training needs besides the model: encoded rows, the task, and the teacher."""
+
+    task: str
+    train: Dataset
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    pooling: Pooling = field(default_factory=Pooling)
+    eval: Dataset | None = None
+    teacher: PreTrainedModel | None = None
+    seed: int = 0
+
+
+def train(
+    model: PreTrainedModel, settings: Train, lesson: Lesson, replacements: Sequence[Replacement]
+) -> list[dict[str, float]]:
+    """Train in place and return the Trainer's log (losses, learning rates, steps).
+
+    Raises:
+        PlmccError: there is nothing to learn from, the teacher does not fit, or the loss is not finite.
+    """
+    _check_purpose(settings, lesson)
+    distill = _Distillation(model, lesson, settings.distill) if settings.distill and lesson.teacher else None
+    objectives = [done.objective for done in replacements if done.objective is not None]
+    folder = tempfile.mkdtemp(prefix="plmcc-train-")
+    try:
+        with _trainable(model, settings, replacements):
+            trainer = _Trainer(
+                model=model,
+                args=_arguments(settings, lesson, folder),
+                train_dataset=lesson.train,
+                eval_dataset=lesson.eval,
+                data_collator=lesson.collate,
+                callbacks=[_Clock(objectives)],
+            )
+            trainer.setup(lesson, distill, objectives)
+            trainer.train()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    model.eval()
+    return list(trainer.state.log_history)
+
+
+def _check_purpose(settings: Train, lesson: Lesson) -> None:
+    has_labels = "labels" in lesson.train.column_names
+    makes_labels = lesson.task in ("fill-mask", "text-generation")
+    if settings.distill is None and not has_labels and not makes_labels:
+        message = f"there is nothing to learn from: {lesson.task} without labels and without `distill`"
+        raise error("PLM303", message, "train", cure="add `distill:` or name the column with `label:`")
+
+
+def _arguments(settings: Train, lesson: Lesson, folder: str) -> TrainingArguments:
+    chosen = {"report_to": "none", "save_strategy": "no", "logging_steps": 25, "disable_tqdm": not sys.stderr.isatty()}
+    on_cpu = not torch.cuda.is_available()
+    chosen |= {"dataloader_pin_memory": not on_cpu, "use_cpu": on_cpu and not torch.backends.mps.is_available()}
+    chosen |= dict(settings.arguments)
+    try:
+        return TrainingArguments(
+            output_dir=folder, remove_unused_columns=False, seed=lesson.seed, **_without_seed(chosen)
+        )
+    except (ValueError, TypeError, ImportError) as problem:
+        raise error("PLM303", f"the trainer refuses its arguments: {problem}", "train.arguments") from None
+
+
+def _without_seed(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "seed"}
+
+
+@contextmanager
+def _trainable(model: PreTrainedModel, settings: Train, replacements: Sequence[Replacement]) -> Iterator[None]:
+    """With `trainable: passes`, freeze everything that no pass has put in."""
+    if settings.trainable == "all":
+        yield
+        return
+    ours = {id(p) for done in replacements for p in done.soft.parameters()}
+    if not ours:
+        message = "`trainable: passes` leaves nothing to train: no pass of this stage has parameters"
+        raise error("PLM303", message, "train.trainable", cure="write `trainable: all`")
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+
+
+class _Clock(TrainerCallback):
+    """The only clock that a pass sees: 0 before the first step, 1 after the last."""
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        self.objectives = objectives
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Tell the objectives how far the stage is."""
+        for objective in self.objectives:
+            objective.advance(state.global_step / max(1, state.max_steps))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Tell the objectives that the stage is over."""
+        for objective in self.objectives:
+            objective.advance(1.0)
+
+
+class _Trainer(Trainer):
+    """A Trainer whose loss is task + distillation + objectives."""
+
+    def setup(
+        self, lesson: Lesson, distill: _Distillation | None, objectives: Sequence[Objective]
+    ) -> None:
+        """Hand over what the constructor of Trainer has no place for."""
+        self.lesson, self.distill, self.objectives = lesson, distill, objectives
+        # The loss is computed here, so gradients of accumulated steps have to be averaged by the Trainer.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch, and the model's output if asked."""
+        labels = inputs.get("labels")
+        pairs = self.lesson.task == "sentence-similarity" and labels is not None
+        batch = {k: v for k, v in inputs.items() if k != "labels"} if pairs else dict(inputs)
+        wanted = self.distill.needs if self.distill else {}
+        output = model(**batch, **wanted)
+        loss = self._task_loss(output, batch, labels if pairs else None)
+        teacher = self.distill.teach(batch) if self.distill else None
+        if self.distill and teacher is not None:
+            loss = self.distill.task_weight * loss + self.distill.loss(batch, output, teacher)
+        for objective in self.objectives:
+            extra = objective.loss(batch, output, teacher)
+            loss = loss if extra is None else loss + extra
+        if not torch.isfinite(loss):
+            step = self.state.global_step + 1
+            message = f"the loss is {float(loss)} at step {step}"
+            cure = "lower `learning_rate`, or look for broken rows near this step"
+            raise error("PLM303", message, "train", cure=cure)
+        return (loss, output) if return_outputs else loss
+
+    def _task_loss(self, output: Any, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+        if labels is not None:
+            pooled = self.lesson.pooling(last_states(output), batch["attention_mask"])
+            return similarity_loss(pooled, labels)
+        own = output.get("loss")
+        return own if own is not None else torch.zeros((), device=self.args.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the usual optimizer, then move the objectives' parameters into groups of their own."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        groups = [group for objective in self.objectives for group in objective.parameter_groups()]
+        own = {id(p) for group in groups for p in group["params"]}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+        for group in groups:
+            optimizer.add_param_group({"weight_decay": 0.0, **group})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+
+class _Distillation:
+    """The teacher's part of the loss: logits with temperature, hidden states of mapped layers, pooled output."""
+
+    def __init__(self, model: PreTrainedModel, lesson: Lesson, settings: Distill) -> None:
+        assert lesson.teacher is not None
+        self.teacher, self.pooling, self.settings = lesson.teacher.eval(), lesson.pooling, settings
+        states = bool(settings.hidden_states or settings.pooled)
+        self.needs: dict[str, Any] = {"output_hidden_states": True} if states else {}
+        self.task_weight = 1.0 if settings.task is None else settings.task
+        self.layers = self._layer_map(model) if settings.hidden_states else {}
+        if settings.logits and lesson.task in ("sentence-similarity", "feature-extraction"):
+            raise error("PLM303", f"a model for {lesson.task} has no logits", "train.distill.logits",
+                        cure="use `pooled` and `hidden_states`")  # fmt: skip
+
+    def _layer_map(self, model: PreTrainedModel) -> dict[int, int]:
+        """Student state -> teacher state; state 0 is the embedding output, as in `output_hidden_states`."""
+        mine, theirs = _depth(model), _depth(self.teacher)
+        chosen = self.settings.layers
+        if chosen is None and theirs % mine:
+            cure = "write `layers: {student: teacher, ...}`"
+            message = f"{mine} layers cannot follow {theirs} layers evenly"
+            raise error("PLM303", message, "train.distill.layers", cure=cure)
+        mapping = dict(chosen) if chosen is not None else {i: i * (theirs // mine) for i in range(mine + 1)}
+        for student, teacher in mapping.items():
+            if student > mine or teacher > theirs:
+                allowed = f"student 0 to {mine}, teacher 0 to {theirs}"
+                raise error("PLM303", "the layer map names a layer that is not there", "train.distill.layers",
+                            given=f"{student}: {teacher}", allowed=allowed)  # fmt: skip
+        sizes = [part.config.get_text_config().hidden_size for part in (model, self.teacher)]
+        if sizes[0] != sizes[1]:
+            message = "hidden states can only be compared when they have one size"
+            raise error("PLM303", message, "train.distill.hidden_states", given=f"{sizes[0]} and {sizes[1]}")
+        return mapping
+
+    @torch.no_grad()
+    def teach(self, batch: dict[str, Tensor]) -> Any:
+        """Return the teacher's output for a batch."""
+        self.teacher.to(batch["input_ids"].device)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.teacher(**inputs, **self.needs)
+
+    def loss(self, batch: dict[str, Tensor], output: Any, teacher: Any) -> Tensor:
+        """Return the weighted sum of the terms."""
+        mask_BL = batch["attention_mask"]
+        total = torch.zeros((), device=mask_BL.device)
+        if self.settings.logits:
+            total = total + self.settings.logits * self._logits(output["logits"], teacher["logits"], mask_BL)
+        if self.settings.hidden_states:
+            pairs = [(output["hidden_states"][s], teacher["hidden_states"][t]) for s, t in self.layers.items()]
+            term = sum(relative_error(s, t, mask_BL) for s, t in pairs) / len(pairs)
+            total = total + self.settings.hidden_states * term
+        if self.settings.pooled:
+            student, goal = (self.pooling(last_states(o), mask_BL) for o in (output, teacher))
+            total = total + self.settings.pooled * (1 - (student * goal).sum(-1)).mean()
+        return total
+
+    def _logits(self, student: Tensor, teacher: Tensor, mask_BL: Tensor) -> Tensor:
+        """KL(teacher || student) at temperature T, times T² (Hinton, Vinyals and Dean, 2015)."""
+        if student.shape != teacher.shape:
+            given = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            raise error("PLM303", "student and teacher have different logits", "train.distill", given=given)
+        warm = self.settings.temperature
+        log_s, log_t = (F.log_softmax(x.float() / warm, -1) for x in (student, teacher))
+        divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+        if divergence.dim() == 2:
+            return (divergence * mask_BL).sum() / mask_BL.sum() * warm**2
+        return divergence.mean() * warm**2
+
+
+def relative_error(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """||s - t||² / ||t||² over the real tokens: comparable between layers of different scale."""
+    mask_BL1 = mask_BL[..., None]
+    difference = ((student_BLD.float() - teacher_BLD.float()).square() * mask_BL1).sum()
+    return difference / (teacher_BLD.float().square() * mask_BL1).sum().clamp(min=1e-12)
+
+
+def _depth(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+

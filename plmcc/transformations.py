@@ -1,0 +1,283 @@
+"""Transformations of optimum.fx as exact passes on layer graphs, checked on probe inputs.
+
+They work on plain torch.fx graphs, one layer variant at a time. Attention modules are leaves of
+these graphs, so what happens inside them is out of reach: MergeLinears joins the gate and up
+projections of a gated feed-forward network, but not q, k and v.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optimum.fx.optimization as library
+import torch
+from optimum.fx.optimization import Transformation
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from plmcc.api import Miss
+from plmcc.diagnostics import Place, did_you_mean, error, listing
+from plmcc.layers import Layer
+from plmcc.program import Program
+from plmcc.tracer import signature
+from plmcc.variants import lookup, sentence, targets
+
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_WRAPPER = "layer"
+_Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """What a transformation did: paths of changed and unchanged layers, and layers out of reach."""
+
+    changed: list[str]
+    unchanged: list[str]
+    misses: list[Miss]
+
+
+def apply_transformation(
+    program: Program,
+    transformation: Transformation,
+    paths: Sequence[str] | None = None,
+    tolerance: float | None = None,
+    inputs: dict[str, Tensor] | None = None,
+) -> Transformed:
+    """Apply an optimum.fx transformation to layers and put the results back.
+
+    Args:
+        program: the model; on an error it is left as it was.
+        transformation: any `optimum.fx.optimization.Transformation`, also a composition.
+        paths: paths of layers; all layers if None.
+        tolerance: largest difference of a layer's outputs relative to their largest value; a
+            default for each dtype if None.
+        inputs: arguments for the model on which layers are compared; `probe_inputs` if None.
+
+    Raises:
+        PlmccError: an unknown path, an output that differs, or a transformation that fails or
+            changes no layer.
+    """
+    chosen = program.layer_paths() if paths is None else list(paths)
+    for path in chosen:
+        _check_path(program, path)
+    found = [program.layer(path) for path in chosen]
+    layers = [layer for layer in found if isinstance(layer, Layer)]
+    calls = _recorded_calls(program.model, layers, inputs or probe_inputs(program.model))
+    undo: list[Any] = []
+    changed: list[str] = []
+    try:
+        for layer in layers:
+            rewritten = _transformed(layer, transformation)
+            if rewritten is None:
+                continue
+            expected = [_outputs(layer.module, call) for call in calls[layer.path]]
+            undo.append(rewritten.put_back())
+            for call, before in zip(calls[layer.path], expected, strict=True):
+                _compare(layer, transformation, call, before, tolerance)
+            changed.append(layer.path)
+        if not changed:
+            raise _no_change(program, transformation, chosen)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    unchanged = [layer.path for layer in layers if layer.path not in changed]
+    return Transformed(changed, unchanged, [miss for miss in found if isinstance(miss, Miss)])
+
+
+def transformation_named(name: str, place: Place | str = "transformation") -> Transformation:
+    """Return optimum's transformation of that name.
+
+    Raises:
+        PlmccError: there is none; the message lists all.
+    """
+    members = {n: v for n, v in vars(library).items() if inspect.isclass(v)}
+    known = {n: v for n, v in members.items() if not inspect.isabstract(v)}
+    if name not in known:
+        names = sorted(known)
+        cure = did_you_mean(name, names)
+        raise error(
+            "PLM105", "no such transformation", place, given=name, allowed=listing(names), cure=cure
+        )
+    transformation: Transformation = known[name]()
+    return transformation
+
+
+def probe_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
+    """Return arguments for a model: random ids `[batch, length]`, audio features or pixels.
+
+    Raises:
+        PlmccError: the model's main input is of another kind.
+    """
+    config = model.config.get_text_config(decoder=True)
+    random = torch.Generator().manual_seed(0)
+    rows = model.get_input_embeddings()
+
+    def tokens() -> Tensor:
+        count = rows.weight.shape[0] if isinstance(rows, nn.Embedding) else config.vocab_size
+        return torch.randint(count // 2, count, (batch, length), generator=random)
+
+    if model.main_input_name == "input_ids":
+        given = {"input_ids": tokens(), "attention_mask": torch.ones(batch, length).long()}
+    elif model.main_input_name == "input_features":
+        frames = 2 * model.config.max_source_positions
+        shape = (batch, model.config.num_mel_bins, frames)
+        given = {"input_features": torch.randn(shape, generator=random).to(model.dtype)}
+    else:
+        raise error(
+            "PLM303",
+            f"plmcc cannot make up `{model.main_input_name}` for {type(model).__name__}",
+            cure="pass `inputs`",
+        )
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = tokens()
+    return {name: value.to(model.device) for name, value in given.items()}
+
+
+def _transformed(layer: Layer, transformation: Transformation) -> Layer | None:
+    """Return the layer with all its variants transformed, or None if nothing changed."""
+    rewritten = layer.copy()
+    codes = [variant.graph_module.code for variant in rewritten.variants]
+    try:
+        variants = tuple(
+            replace(v, graph_module=_run(v.graph_module, transformation))
+            for v in rewritten.variants
+        )
+    except Exception as reason:  # a transformation is foreign code
+        raise _failure(layer, transformation, sentence(reason)) from reason
+    same = all(v.graph_module.code == code for v, code in zip(variants, codes, strict=True))
+    return None if same else replace(rewritten, variants=variants)
+
+
+def _run(graph_module: fx.GraphModule, transformation: Transformation) -> fx.GraphModule:
+    """Transform one graph. MergeLinears fails on linears at the root, so they go one level down."""
+    result = transformation(_moved(graph_module, "", f"{_WRAPPER}."))
+    result.recompile()
+    for module in result.modules():
+        if isinstance(module, nn.Linear):
+            # FuseBiasInLinear adds a column and leaves the declared shape as it was.
+            module.out_features, module.in_features = module.weight.shape
+    return _moved(result, f"{_WRAPPER}.", "")
+
+
+def _moved(graph_module: fx.GraphModule, old: str, new: str) -> fx.GraphModule:
+    """Return the graph with another prefix before all paths."""
+    graph = graph_module.graph
+    found: dict[str, Any] = {}
+    for target in targets(graph):
+        found[new + target.removeprefix(old)] = lookup(graph_module, target)
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = new + str(node.target).removeprefix(old)
+    result = fx.GraphModule(found, graph, type(graph_module).__name__)
+    result.training = graph_module.training
+    return result
+
+
+def _recorded_calls(
+    model: PreTrainedModel, layers: Sequence[Layer], inputs: dict[str, Tensor]
+) -> dict[str, list[_Arguments]]:
+    """Run the model once and return the arguments of each layer, one set for each variant."""
+    first: dict[str, _Arguments] = {}
+
+    def record(layer: Layer) -> Any:
+        names = [parameter.name for parameter in signature(layer.module)]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: _Arguments) -> None:
+            first.setdefault(layer.path, {**dict(zip(names, args, strict=False)), **kwargs})
+
+        return layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    hooks = [record(layer) for layer in layers]
+    options = (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    )
+    try:
+        with _evaluating(model):
+            model(**inputs, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer.path: _calls(layer, first.get(layer.path, {})) for layer in layers}
+
+
+def _calls(layer: Layer, call: _Arguments) -> list[_Arguments]:
+    assert call, f"the model never ran {layer.path}"
+    absent = dict.fromkeys(variant.absent for variant in layer.variants)
+    return [call | dict.fromkeys(names) for names in absent]
+
+
+def _outputs(module: nn.Module, call: _Arguments) -> list[Tensor]:
+    with _evaluating(module):
+        leaves = tree_leaves(module(**call))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _compare(
+    layer: Layer,
+    transformation: Transformation,
+    call: _Arguments,
+    expected: list[Tensor],
+    tolerance: float | None,
+) -> None:
+    try:
+        outputs = _outputs(layer.module, call)
+    except Exception as reason:  # the transformed code may fail in any way
+        raise _failure(layer, transformation, sentence(reason)) from reason
+    shapes = [[tuple(t.shape) for t in side] for side in (expected, outputs)]
+    if shapes[0] != shapes[1]:
+        raise _failure(layer, transformation, f"output shapes {shapes[1]} instead of {shapes[0]}")
+    for before, after in zip(expected, outputs, strict=True):
+        scale = float(before.abs().max())
+        difference = float((after.double() - before.double()).abs().max())
+        allowed = _TOLERANCES[before.dtype] if tolerance is None else tolerance
+        if not difference <= allowed * max(scale, 1e-12):
+            words = f"outputs differ by {difference:.3g} where they reach {scale:.3g}"
+            raise _failure(layer, transformation, words, f"{allowed:g} of the largest value")
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = {child: child.training for child in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def _check_path(program: Program, path: str) -> None:
+    known = program.layer_paths()
+    if path not in known:
+        cure = did_you_mean(path, known)
+        raise error("PLM201", "no such layer", given=path, allowed=listing(known), cure=cure)
+
+
+def _failure(
+    layer: Layer, transformation: Transformation, words: str, allowed: str = ""
+) -> Exception:
+    message = f"{_name(transformation)} does not keep what the layer computes"
+    return error("PLM203", message, f"model: {layer.path}", given=words, allowed=allowed)
+
+
+def _no_change(
+    program: Program, transformation: Transformation, chosen: Sequence[str]
+) -> Exception:
+    return error(
+        "PLM201",
+        f"{_name(transformation)} changed none of {len(chosen)} layers",
+        f"model: {type(program.model).__name__}",
+        given=listing(list(chosen)),
+        cure="it finds nothing to do in these graphs; attention modules are not looked into",
+    )
+
+
+def _name(transformation: Transformation) -> str:
+    return type(transformation).__name__

@@ -1,0 +1,108 @@
+"""The proof that an artifact is the model: a fresh process loads it and repeats the recorded outputs.
+
+`probes.safetensors` in the artifact holds inputs and what the model in memory returned for them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plmcc.diagnostics import error
+from plmcc.lower import load
+
+PROBES = "probes.safetensors"
+_NEW_TOKENS = 8
+
+
+def probe_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
+    """Return inputs (batch, length) of random token ids, with padding at the end of the last row."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    ids_BL = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    mask_BL = torch.ones_like(ids_BL)
+    mask_BL[-1, length - 2 :] = 0
+    inputs = {"input_ids": ids_BL.to(model.device), "attention_mask": mask_BL.to(model.device)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids_BL.to(model.device)
+    return inputs
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the logits or last states (float32), and for a generating model the greedy tokens."""
+    was_training = model.training
+    model.eval()
+    result = model(**inputs)
+    first = next(v for v in (result.get("logits"), result.get("last_hidden_state"), result[0]) if v is not None)
+    found = {"output": first.float().cpu()}
+    if model.can_generate():
+        prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
+        tokens = model.generate(**prompt, do_sample=False, num_beams=1, max_new_tokens=_NEW_TOKENS)
+        assert isinstance(tokens, Tensor)
+        found["tokens"] = tokens.cpu()
+    model.train(was_training)
+    return found
+
+
+def record(model: PreTrainedModel, folder: Path) -> None:
+    """Write the probes of a model into its artifact."""
+    inputs = probe_inputs(model)
+    stored = {f"input.{k}": v.cpu().contiguous() for k, v in inputs.items()}
+    stored |= {f"output.{k}": v.contiguous() for k, v in outputs(model, inputs).items()}
+    save_file(stored, folder / PROBES)
+
+
+def compare(folder: Path) -> float:
+    """Load an artifact and repeat its probes; return the largest difference relative to the outputs' scale.
+
+    Raises:
+        PlmccError: the outputs or greedy tokens differ, or there are no probes.
+    """
+    if not (folder / PROBES).exists():
+        raise error("PLM402", "the artifact has no probes to compare with", str(folder))
+    stored = load_file(folder / PROBES)
+    model = load(folder)
+    inputs = {k.removeprefix("input."): v for k, v in stored.items() if k.startswith("input.")}
+    found = outputs(model, inputs)
+    expected = stored["output.output"]
+    scale = float(expected.abs().max().clamp(min=1e-6))
+    difference = float((found["output"] - expected).abs().max()) / scale
+    bound = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if not difference <= bound:
+        message = f"the reloaded model differs by {difference:.3g} of its scale from the model in memory"
+        raise error("PLM402", message, str(folder), allowed=f"at most {bound:g}")
+    if "output.tokens" in stored and not torch.equal(found["tokens"], stored["output.tokens"]):
+        raise error("PLM402", "the reloaded model generates other tokens than the model in memory", str(folder))
+    return difference
+
+
+def in_fresh_process(folder: Path) -> float:
+    """Run `compare` in a new Python process, as a user would load the artifact.
+
+    Raises:
+        PlmccError: it fails there, with its reason.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "plmcc.verify", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise error("PLM402", f"a fresh process cannot reload the artifact: {reason}", str(folder))
+    return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    from plmcc.diagnostics import PlmccError
+
+    try:
+        print(compare(Path(sys.argv[1])))
+    except PlmccError as problem:
+        print(" ".join(problem.render().split()), file=sys.stderr)
+        sys.exit(1)
