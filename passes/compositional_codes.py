@@ -58,6 +58,8 @@ class CompositionalCodes(Pass):
     """Paper: largest global norm of the gradient."""
     temperature: float = Field(1.0, gt=0)
     """Paper: τ of the Gumbel-softmax, constant."""
+    codebook_learning_rate: float | None = Field(None, gt=0)
+    """In training: of the codebooks; by default the trainer's own."""
     seed: int = Field(0, ge=0)
     """Of the k-means, or of the autoencoder's weights, batches and noise."""
 
@@ -102,8 +104,23 @@ class CompositionalCodes(Pass):
         return SoftCodes(hard, _reconstruction(table_VD, codes_VM, books_MKD))
 
     def objective(self, site: Site, soft: Soft) -> Objective | None:
-        """Nothing: codes are frozen, and codebooks train on the task's own loss."""
-        return None
+        """Codes are frozen and codebooks train on the task's own loss, if asked at a rate of their own."""
+        if self.codebook_learning_rate is None:
+            return None
+        return CodebookRate(soft, self.codebook_learning_rate)
+
+
+class CodebookRate(Objective):
+    """Adds nothing to the loss; gives the codebooks their own learning rate."""
+
+    name = "codebook_learning_rate"
+
+    def __init__(self, soft: Soft, learning_rate: float) -> None:
+        self.soft, self.learning_rate = soft, learning_rate
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group: the codebooks."""
+        return [{"params": list(self.soft.parameters()), "lr": self.learning_rate}]
 
 
 class SoftCodes(Soft):

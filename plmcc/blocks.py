@@ -22,10 +22,10 @@ from plmcc.layers import Layer
 from plmcc.tracer import is_attention
 
 _PROJECTIONS = {
-    "q": ("q", "query", "q_proj", "q_lin", "q_attn", "wq", "linear_q"),
-    "k": ("k", "key", "k_proj", "k_lin", "wk", "linear_k"),
-    "v": ("v", "value", "v_proj", "v_lin", "wv", "linear_v"),
-    "o": ("o", "dense", "o_proj", "out_proj", "out_lin", "c_proj", "wo", "linear_out"),
+    "q": ("q", "query", "q_proj", "q_lin", "q_attn", "wq", "query_proj"),
+    "k": ("k", "key", "k_proj", "k_lin", "wk", "key_proj"),
+    "v": ("v", "value", "v_proj", "v_lin", "wv", "value_proj"),
+    "o": ("o", "dense", "o_proj", "out_proj", "out_lin", "c_proj", "wo", "Wo"),
     "qkv": ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj"),
 }
 """What attention modules call their projections."""
@@ -79,8 +79,9 @@ def _attention(
     roles = _projections(module, str(node.target))
     if around is not None and "o" not in roles:
         roles |= _output_projection(layer.graph_module, node, around)
-    if set(roles) not in _COMPLETE:
-        return Miss(path, f"its projections are not understood: found {sorted(roles) or 'none'}")
+    linears = [name for name, child in module.named_modules() if is_linear(child)]
+    if set(roles) not in _COMPLETE or len(linears) > len(roles):
+        return Miss(path, f"its projections are not understood: {', '.join(linears) or 'none'}")
     inside = around is None and any(is_norm(child) for child in module.children())
     if around is not None and around.kind == "other":
         return Miss(path, "its residual branch holds something else beside attention")
@@ -89,9 +90,9 @@ def _attention(
     width = next((vars(module)[name] for name in _HEAD_DIM if name in vars(module)), None)
     if not isinstance(width, int):
         return Miss(path, "the width of its heads is not known")
-    linears = {role: layer.module.get_submodule(name) for role, name in roles.items()}
+    projections = {role: layer.module.get_submodule(name) for role, name in roles.items()}
     facts: dict[str, Any] = {role: f"{layer.path}.{name}" for role, name in roles.items()}
-    facts |= _heads(linears, width) | {"is_cross": is_cross(layer.graph_module, node)}
+    facts |= _heads(projections, width) | {"is_cross": is_cross(node)}
     facts |= _surroundings(layer, around) | ({"position": "inside"} if inside else {})
     return Site("attention", (path,), ("module",), (module,), facts)
 

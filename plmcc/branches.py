@@ -6,7 +6,7 @@ They have the form `x + f(x)`, where f attends or is linear-activation-linear.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def is_norm(module: nn.Module | None) -> bool:
     return "weight" in parameters and all(p.dim() == 1 for p in parameters.values())
 
 
-def is_cross(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def is_cross(node: fx.Node) -> bool:
     """Say whether an attention node looks at states other than its own input."""
     return any(isinstance(node.kwargs.get(name), fx.Node) for name in _SOURCES)
 
@@ -106,7 +106,9 @@ def feed_forward_of(graph_module: fx.GraphModule, branch: Branch) -> FeedForward
     if len(activated) != 1:
         return None
     if not others:
-        return FeedForward(activated[0], down, activations[0])
+        # A fused gate and up projection goes around the activation as well.
+        chain = _is_chain(_between(activated[0], down), activations[0])
+        return FeedForward(activated[0], down, activations[0]) if chain else None
     gated = any(n.target in _MULTIPLICATIONS for n in branch.nodes)
     return FeedForward(others[0], down, activations[0], activated[0]) if gated else None
 
@@ -142,10 +144,12 @@ def _nodes_in(values: Any) -> list[fx.Node]:
 
 def _kind(graph_module: fx.GraphModule, branch: Branch) -> Kind:
     attention = [n for n, module in branch.calls(graph_module) if is_attention(module)]
-    feed_forward = feed_forward_of(graph_module, branch) if not attention else None
-    if len(attention) == 1:
-        return "cross_attention" if is_cross(graph_module, attention[0]) else "attention"
-    return "feed_forward" if feed_forward is not None else "other"
+    if not attention:
+        return "feed_forward" if feed_forward_of(graph_module, branch) is not None else "other"
+    # In a parallel block the same addition takes a second way, which does not attend.
+    if len(attention) > 1 or not _is_chain(branch.nodes, attention[0]):
+        return "other"
+    return "cross_attention" if is_cross(attention[0]) else "attention"
 
 
 def _norm(
@@ -176,6 +180,11 @@ def _between(source: fx.Node, result: fx.Node) -> set[fx.Node]:
 
     leads(result)
     return found
+
+
+def _is_chain(nodes: Iterable[fx.Node], middle: fx.Node) -> bool:
+    """Say whether every node lies before or after the one in the middle."""
+    return all(n is middle or _between(n, middle) or _between(middle, n) for n in nodes)
 
 
 def _reaches(source: fx.Node, result: fx.Node, within: tuple[fx.Node, ...]) -> bool:

@@ -310,6 +310,8 @@ def _write(recipe: Recipe, source: Source, result: Result, target: Path, say: Sa
 def save(source: Source, result: Result, folder: Path) -> None:
     """Write model, tokenizer, the model's other files and the probes into a folder."""
     result.model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
     for file in source.other_files():

@@ -157,7 +157,7 @@ def _exchange(
             parent, _, name = target.rpartition(".")
             delattr(module.get_submodule(parent), name)
     for target, value in wanted.items():
-        _place(module, target, value)
+        _place(module, target, value, module.training)
 
     def undo() -> None:
         for child, modules, parameters in known:
@@ -186,13 +186,15 @@ def _agree(one: Any, other: Any) -> bool:
     )
 
 
-def _place(module: nn.Module, target: str, value: Any) -> None:
+def _place(module: nn.Module, target: str, value: Any, training: bool) -> None:
     *parents, name = target.split(".")
     for parent in parents:
         if parent not in module._modules:
             module.add_module(parent, nn.Module())
         module = module.get_submodule(parent)
     live = module._modules.get(name, module._parameters.get(name, module._buffers.get(name)))
+    if live is None and isinstance(value, nn.Module):
+        value.train(training)  # a new module starts in training mode, the model may not be in it
     if not _unchanged(live, value):
         setattr(module, name, value)
 

@@ -147,6 +147,8 @@ class Train(Node):
     """Learn from a teacher too."""
     trainable: Literal["all", "passes"] = "all"
     """Train the whole model, or only what the passes put in."""
+    dropout: bool = True
+    """Keep the model's dropout; matching a teacher's hidden states learns faster without."""
     arguments: Arguments = {}
     """Arguments of transformers.TrainingArguments."""
 

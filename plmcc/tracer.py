@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import re
 import textwrap
@@ -22,6 +23,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import has_side_effect
 from torch.fx.proxy import TraceError
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 KWARGS = "**"
@@ -49,15 +51,25 @@ class Trace:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Say whether a module computes attention itself: its `forward` names an attention function.
+    """Say whether a module computes attention itself: its code names an attention function.
 
     A wrapper around such a module (attention with its output projection and residual) is not one.
     """
-    forward = inspect.unwrap(type(module).forward)
-    names = forward.__code__.co_names if inspect.isfunction(forward) else ()
-    linears = sum(1 for child in module.children() if not list(child.children()))
-    by_softmax = "softmax" in names and linears >= 3
+    if isinstance(module, PreTrainedModel):
+        return False  # whole models name attention functions to choose between them
+    cls: Any = type(module)
+    names = _names_in_code(cls)
+    maps = [p for child in module.children() for p in child.parameters(recurse=False)]
+    by_softmax = "softmax" in names and sum(p.dim() == 2 for p in maps) >= 2
     return not _ATTENTION_CALLS.isdisjoint(names) or by_softmax
+
+
+@functools.cache
+def _names_in_code(cls: Any) -> frozenset[str]:
+    """Return the names that the methods of a model's class use, those of nn.Module left out."""
+    own = [c for c in cls.__mro__ if not c.__module__.startswith("torch.")]
+    methods = [inspect.unwrap(v) for c in own for v in vars(c).values() if inspect.isfunction(v)]
+    return frozenset(name for method in methods for name in method.__code__.co_names)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -88,16 +100,18 @@ def fire_hooks(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 class LayerTracer(fx.Tracer):
     """Trace one layer for one kind of call."""
 
-    def __init__(self, call: Call, taps: frozenset[str] = frozenset()) -> None:
+    def __init__(self, call: Call, taps: frozenset[str], opaque: frozenset[str]) -> None:
         super().__init__()
         self.call = call
         self.taps = taps
+        self.opaque = opaque
+        self.failed = ""
         self.dropouts: dict[str, nn.Module] = {}
         self.reads_dtype = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """See `is_leaf`."""
-        return is_leaf(m)
+        """See `is_leaf`; what turned out to be untraceable is a leaf too."""
+        return module_qualified_name in self.opaque or is_leaf(m)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Keep parameters as they are: code may read their dtype. Operations make them nodes."""
@@ -155,7 +169,11 @@ class LayerTracer(fx.Tracer):
         if "forward" in vars(m) or m._forward_pre_hooks or m._backward_hooks:
             raise TraceError(f"`{path}` has hooks that change how it runs")
         # Not `forward`: that would run the hooks now, on symbolic values.
-        output = type(m).forward(m, *args, **kwargs)
+        try:
+            output = type(m).forward(m, *args, **kwargs)
+        except Exception:
+            self.failed = self.failed or path
+            raise
         if path in self.taps or m._forward_hooks:
             module = self.create_proxy("get_attr", path, (), {})
             self.create_proxy("call_function", fire_hooks, (module, tuple(args), output), {})
@@ -181,6 +199,10 @@ class LayerTracer(fx.Tracer):
         proxy: fx.Proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         return proxy
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refuse code that decides by a value that is known only when the layer runs."""
+        raise TraceError(f"it decides by the value of `{obj.node}`")
+
     def dtype_of(self, node: fx.Node) -> torch.dtype:
         """Return the dtype of the layer's hidden states, for nodes computed from them."""
         main = next(iter(self.graph.nodes))
@@ -201,11 +223,22 @@ class _LayerProxy(fx.Proxy):
 def trace(module: nn.Module, call: Call, taps: frozenset[str] = frozenset()) -> Trace:
     """Trace a layer for one kind of call. `taps` are paths inside it whose forward hooks must run.
 
-    Whatever the layer's own code raises on symbolic values comes through unchanged.
+    A module inside the layer whose code cannot be traced (a mixture of experts looks at values)
+    becomes a leaf, unless it holds attention. Whatever the layer's own code raises on symbolic
+    values comes through unchanged.
     """
-    tracer = LayerTracer(call, taps)
-    with _as_traced(module, call.training):
-        graph = tracer.trace(module)
+    opaque: frozenset[str] = frozenset()
+    while True:
+        tracer = LayerTracer(call, taps, opaque)
+        try:
+            with _as_traced(module, call.training):
+                graph = tracer.trace(module)
+            break
+        except Exception:
+            failed = tracer.failed
+            if not failed or any(map(is_attention, module.get_submodule(failed).modules())):
+                raise
+            opaque |= {failed}
     graph.eliminate_dead_code(is_impure_node=_has_effect)
     graph.on_generate_code(lambda current: _unpack_kwargs)
     return Trace(graph, tracer.dropouts, tracer.reads_dtype)

@@ -52,6 +52,7 @@ def train(
         PlmccError: there is nothing to learn from, the teacher does not fit, or the loss is not finite.
     """
     _check_purpose(settings, lesson)
+    _check_dropout(settings)
     distill = _Distillation(model, lesson, settings.distill) if settings.distill and lesson.teacher else None
     objectives = [done.objective for done in replacements if done.objective is not None]
     folder = tempfile.mkdtemp(prefix="plmcc-train-")
@@ -65,8 +66,10 @@ def train(
                 data_collator=lesson.collate,
                 callbacks=[_Clock(objectives)],
             )
-            trainer.setup(lesson, distill, objectives)
+            trainer.setup(settings, lesson, distill, objectives)
             trainer.train()
+            # Mixed precision wraps `model.forward`; left there, the model would go on computing in bfloat16.
+            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     model.eval()
@@ -79,6 +82,12 @@ def _check_purpose(settings: Train, lesson: Lesson) -> None:
     if settings.distill is None and not has_labels and not makes_labels:
         message = f"there is nothing to learn from: {lesson.task} without labels and without `distill`"
         raise error("PLM303", message, "train", cure="add `distill:` or name the column with `label:`")
+
+
+def _check_dropout(settings: Train) -> None:
+    if not settings.dropout and settings.arguments.get("gradient_checkpointing"):
+        message = "`dropout: false` runs the model in evaluation mode, where transformers does not checkpoint"
+        raise error("PLM303", message, "train.dropout", cure="remove `gradient_checkpointing` or `dropout: false`")
 
 
 def _arguments(settings: Train, lesson: Lesson, folder: str) -> TrainingArguments:
@@ -141,10 +150,14 @@ class _Trainer(Trainer):
     """A Trainer whose loss is task + distillation + objectives."""
 
     def setup(
-        self, lesson: Lesson, distill: _Distillation | None, objectives: Sequence[Objective]
+        self,
+        settings: Train,
+        lesson: Lesson,
+        distill: _Distillation | None,
+        objectives: Sequence[Objective],
     ) -> None:
         """Hand over what the constructor of Trainer has no place for."""
-        self.lesson, self.distill, self.objectives = lesson, distill, objectives
+        self.settings, self.lesson, self.distill, self.objectives = settings, lesson, distill, objectives
         # The loss is computed here, so gradients of accumulated steps have to be averaged by the Trainer.
         self.model_accepts_loss_kwargs = False
 
@@ -160,6 +173,8 @@ class _Trainer(Trainer):
         pairs = self.lesson.task == "sentence-similarity" and labels is not None
         batch = {k: v for k, v in inputs.items() if k != "labels"} if pairs else dict(inputs)
         wanted = self.distill.needs if self.distill else {}
+        # Evaluation mode switches off every kind of dropout in every architecture.
+        model.train(self.settings.dropout and model.training)
         output = model(**batch, **wanted)
         loss = self._task_loss(output, batch, labels if pairs else None)
         teacher = self.distill.teach(batch) if self.distill else None

@@ -159,6 +159,8 @@ def graph_module_for(
 ) -> fx.GraphModule:
     """Return a GraphModule that shares the module's leaves and parameters."""
     new = extra or {}
+    for added in new.values():
+        added.train(module.training)
     found = {t: new[t] if t in new else lookup(module, t) for t in targets(graph)}
     graph_module = fx.GraphModule(found, graph, type(module).__name__)
     graph_module.training = module.training

@@ -142,6 +142,13 @@ def test_dropout_follows_the_mode(name: str) -> None:
         assert_same(expected, after.train(False)(**inputs(name)))
 
 
+@pytest.mark.parametrize("name", ["bart", "marian", "whisper"])
+def test_modules_that_a_graph_adds_take_over_the_mode(name: str) -> None:
+    with torch.no_grad():
+        expected = tiny(name, dropout=0.3)(**inputs(name))
+        assert_same(expected, put_back(tiny(name, dropout=0.3))(**inputs(name)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_classes_stay(name: str) -> None:
     before, after = tiny(name), put_back(tiny(name))
@@ -164,7 +171,9 @@ def test_copies_and_other_dtypes_work(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["t5", "t5_gated", "mbart", "whisper", "llama"])
 def test_half_precision_takes_its_own_path(name: str) -> None:
-    before, after = tiny(name).to(torch.float16), put_back(tiny(name)).to(torch.float16)
+    before, after = tiny(name), put_back(tiny(name))
+    for module in (before, after):
+        nn.Module.to(module, torch.float16)
     given = {k: v.half() if v.is_floating_point() else v for k, v in inputs(name).items()}
     with torch.no_grad():
         assert_same(before(**given), after(**given))
@@ -295,6 +304,21 @@ class _LooksAtOtherDtype(_Base):
         return self.linear(x) if mask.dtype == torch.bool else x
 
 
+class _Expert(_Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else x
+
+
+class _HoldsUntraceable(_Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = _Expert()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.expert(self.linear(x))
+        return result
+
+
 class _BranchesOnNone(_Base):
     def forward(self, x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         x = self.linear(x) if y is None else x + y
@@ -305,7 +329,7 @@ class _BranchesOnNone(_Base):
     ("module", "reason"),
     [
         (_ReadsKwargs(), r"_ReadsKwargs.forward looks into `\*\*kwargs`"),
-        (_LooksAtValues(), "control flow"),
+        (_LooksAtValues(), "decides by the value of `gt`"),
         (_TrainsDifferently(), "another path in training"),
         (_TakesAnything(), "a graph cannot express"),
         (_LooksAtOtherDtype(), "looks at the dtype of `mask`, not of `x`"),
@@ -326,6 +350,20 @@ def test_a_forward_replaced_on_the_instance_is_a_miss() -> None:
     found = trace_layer(module)
     assert isinstance(found, Miss)
     assert "replaced on the instance" in found.reason
+
+
+def test_a_module_inside_that_cannot_be_traced_is_a_leaf() -> None:
+    plain, module = _HoldsUntraceable(), _HoldsUntraceable()
+    module.load_state_dict(plain.state_dict())
+    layer = trace_layer(module)
+    assert isinstance(layer, Layer)
+    assert [n.target for n in layer.graph_module.graph.nodes if n.op == "call_module"] == [
+        "inner",
+        "expert",
+    ]
+    layer.put_back()
+    for x in (torch.ones(2, 4), -torch.ones(2, 4)):
+        assert torch.equal(plain(x), module(x))
 
 
 def test_every_combination_of_absent_arguments_has_its_graph() -> None:

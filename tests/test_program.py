@@ -91,7 +91,7 @@ class _Shifted(nn.Embedding):
 
 class _Reversed(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(self.num_embeddings - 1 - input)
+        return super().forward(input).flip(-1)
 
 
 @pytest.mark.parametrize("kind", [_Shifted, _Reversed])
@@ -163,6 +163,13 @@ def test_attention_facts_fit_the_projections(name: str) -> None:
         assert given["kv_heads"] == (2 if name in ("llama", "qwen3") else given["heads"])
 
 
+def test_an_attention_module_with_further_projections_is_a_miss() -> None:
+    model = tiny("bert")
+    model.get_submodule("bert.encoder.layer.0.attention.self").query_global = nn.Linear(32, 32)
+    (miss,) = (found for found in Program(model).attention() if isinstance(found, Miss))
+    assert miss.reason == "its projections are not understood: query, key, value, query_global"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_feed_forward_facts(name: str) -> None:
     model = tiny(name)
@@ -175,6 +182,14 @@ def test_feed_forward_facts(name: str) -> None:
     assert facts(name, "feed_forward")["activation"] == expected.get(
         name, facts(name, "feed_forward")["activation"]
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("t5", "ReLU"), ("llama", "SiLUActivation"), ("albert", "NewGELUActivation")],
+)
+def test_activations_have_a_name(name: str, activation: str) -> None:
+    assert facts(name, "feed_forward")["activation"] == activation
 
 
 def test_gate_and_up_are_told_apart_by_the_activation() -> None:
@@ -212,13 +227,25 @@ class _Parallel(nn.Module):
         return result
 
 
+class _FusedGate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down, self.act = nn.Linear(4, 16), nn.Linear(8, 4), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.both(x).chunk(2, dim=-1)
+        result: Tensor = x + self.down(self.act(parts[0]) * parts[1])
+        return result
+
+
 def branches(module: nn.Module) -> list[tuple[fx.GraphModule, Branch]]:
     traced = fx.symbolic_trace(module)
     return [(traced, branch) for branch in residual_branches(traced)]
 
 
-def test_a_branch_that_holds_more_is_of_another_kind() -> None:
-    ((traced, branch),) = branches(_Parallel())
+@pytest.mark.parametrize("module", [_Parallel(), _FusedGate()])
+def test_a_branch_that_holds_more_is_of_another_kind(module: nn.Module) -> None:
+    ((traced, branch),) = branches(module)
     assert branch.kind == "other"
     assert branch.position == "none"
     assert feed_forward_of(traced, branch) is None
@@ -300,7 +327,7 @@ def test_a_linear_that_computes_more_is_a_miss() -> None:
 def test_blocks_of_layers_that_cannot_be_traced_are_misses() -> None:
     model = tiny("bert")
     layer = model.get_submodule("bert.encoder.layer.1")
-    layer.forward = layer.forward  # type: ignore[method-assign,assignment]
+    layer.forward = layer.forward
     program = Program(model)
     for found in (program.layers(), program.attention(), program.feed_forward()):
         misses = [miss for miss in found if isinstance(miss, Miss)]
