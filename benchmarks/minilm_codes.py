@@ -2,9 +2,10 @@
 
     python benchmarks/minilm_codes.py --data ../shared/data --work out
 
-For each table compression: residual quantisation alone, and after distillation on unlabelled sentences. Every
-choice (bits, learning rates, steps) was made on STS-B dev; the test set is read once, for the table. Finished
-artifacts in --work are used again, so that training and the latency measurement can run at different times.
+For each table compression: residual quantisation alone, and after distillation on unlabelled
+sentences. Every choice (bits, learning rates, steps) was made on STS-B dev; the test set is read
+once, for the table. Finished artifacts in --work are used again, so that training and the latency
+measurement can run at different times.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ TABLE = "embeddings.word_embeddings"
 
 
 def lines(file: Path) -> Iterator[str]:
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened as stream:
-        yield from (line.rstrip("\n") for line in stream)
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rt", encoding="utf-8") as stream:
+        yield from (str(line).rstrip("\n") for line in stream)
 
 
 def columns(file: Path) -> Iterator[str]:
@@ -56,18 +57,26 @@ def columns(file: Path) -> Iterator[str]:
 def wiki_sentences(file: Path) -> Iterator[str]:
     for line in lines(file):
         if not line.startswith("="):
-            yield from (s for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", line) if 4 <= len(s.split()) <= 40)
+            yield from (
+                s for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", line) if 4 <= len(s.split()) <= 40
+            )
 
 
 def sentences(data: Path) -> list[str]:
-    """Unlabelled training sentences: captions, news, Tatoeba, Wikipedia, the STS-B training split (twice)."""
+    """Unlabelled training sentences: captions, news, Tatoeba, Wikipedia, the STS-B training split
+    (twice)."""
     shuffled = random.Random(0)
     wiki = list(wiki_sentences(data / "wiki_en/shard0.txt.gz"))
     tatoeba = list(lines(data / "tatoeba_deen/train.en.gz"))
     shuffled.shuffle(wiki)
     shuffled.shuffle(tatoeba)
     found = [*lines(data / "multi30k/train.en.gz"), *wiki[:60_000], *tatoeba[:25_000]]
-    for name in ("snli/dev.tsv.gz", "snli/test.tsv.gz", "agnews/train10k_desc.tsv.gz", "mrpc/train.tsv.gz"):
+    for name in (
+        "snli/dev.tsv.gz",
+        "snli/test.tsv.gz",
+        "agnews/train10k_desc.tsv.gz",
+        "mrpc/train.tsv.gz",
+    ):
         found += columns(data / name)
     found += 2 * list(columns(data / "stsb/en_train.tsv.gz"))
     held_out = set(columns(data / "stsb/en_dev.tsv.gz")) | set(columns(data / "stsb/en_test.tsv"))
@@ -79,7 +88,10 @@ def sentences(data: Path) -> list[str]:
 def evaluate(source: Source, data: Path) -> dict[str, float]:
     evaluator = Evaluator(source.model, source.need_tokenizer("evaluation"), source.pooling)
     files = {"stsb_dev": "stsb/en_dev.tsv.gz", "stsb_test": "stsb/en_test.tsv"}
-    return {name: evaluator.compute("spearman", load_rows(str(data / file))) for name, file in files.items()}
+    return {
+        name: evaluator.compute("spearman", load_rows(str(data / file)))
+        for name, file in files.items()
+    }
 
 
 def row(system: str, source: Source, folder: Path, data: Path, dense: int) -> dict[str, Any]:
@@ -87,11 +99,11 @@ def row(system: str, source: Source, folder: Path, data: Path, dense: int) -> di
     figures = evaluate(source, data)
     print(system, figures, file=sys.stderr, flush=True)
     size = file_bytes(folder) if folder.exists() else None
-    return {"system": system, "table_bytes": table, "table_compression": dense / table, **figures, "model_bytes": size,
-            "latency_ratio": None}  # fmt: skip
+    compression = {"table_bytes": table, "table_compression": dense / table}
+    return {"system": system, **compression, **figures, "model_bytes": size, "latency_ratio": None}
 
 
-def quantised(recipe: str, steps: int | None, seed: int) -> Source:
+def quantised(recipe: str, seed: int) -> Source:
     """Residual quantisation alone."""
     options = plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", real=True).passes[0]
     assert isinstance(options, CompositionalCodes)
@@ -105,19 +117,24 @@ def trained(recipe: str, text: Path, folder: Path, steps: int | None, seed: int)
         settings = [f"train.data.train={text}", f"seed={seed}"]
         settings += [f"train.arguments.max_steps={steps}"] if steps else []
         loaded = plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", settings, real=True)
-        plmcc.apply(loaded, MODEL, folder, say=lambda line: print(line, file=sys.stderr, flush=True))
+        plmcc.apply(
+            loaded, MODEL, folder, say=lambda line: print(line, file=sys.stderr, flush=True)
+        )
     return load_source(folder, "sentence-similarity")
 
 
 def latency_ratio(folder: Path) -> dict[str, float]:
-    """Compressed / original, both compiled, interleaved: the median of the rounds' ratios by batch size."""
+    """Compressed / original, both compiled, interleaved: the median of the rounds' ratios by batch
+    size."""
     original = load_source(MODEL, "sentence-similarity").model
     rows = measure(original, plmcc.load(folder), (1, 32), length=32, compiled=True, seconds=60)
     return {str(item.batch): round(item.ratio, 4) for item in rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
@@ -125,7 +142,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-only", action="store_true", help="write the artifacts and stop")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/minilm_codes.json")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results/minilm_codes.json"
+    )
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -134,18 +153,23 @@ def main() -> None:
     if not text.exists():
         text.write_text("\n".join(sentences(arguments.data)) + "\n", encoding="utf-8")
     folders = {name: arguments.work / name for name in arguments.recipes}
-    models = {name: trained(name, text, folder, arguments.steps, arguments.seed) for name, folder in folders.items()}
+    models = {
+        name: trained(name, text, folder, arguments.steps, arguments.seed)
+        for name, folder in folders.items()
+    }
     if arguments.train_only:
         return
     original = load_source(MODEL, "sentence-similarity")
     dense = component_bytes(original.model)[TABLE]
     rows = [row("original", original, MODEL, arguments.data, dense)]
     for name, source in models.items():
-        alone = quantised(name, None, arguments.seed)
+        alone = quantised(name, arguments.seed)
         rows.append(row(f"{name}, no training", alone, Path("none"), arguments.data, dense))
         rows.append(row(name, source, folders[name], arguments.data, dense))
         rows[-1]["latency_ratio"] = latency_ratio(folders[name])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     result = {
         "command": "python benchmarks/minilm_codes.py --data ../shared/data --work out",
         "commit": commit.stdout.strip(),

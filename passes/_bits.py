@@ -1,6 +1,7 @@
 """Packing of small integers into bytes, row by row (a helper of the passes, not a pass).
 
-A row of M codes of b bits takes ceil(M·b/8) bytes, most significant bit first; the spare bits at its end are 0.
+A row of M codes of b bits takes ceil(M·b/8) bytes, most significant bit first; the spare bits at
+its end are 0.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def pack(codes_VM: Tensor, bits: int) -> Tensor:
 def unpack(packed_NB: Tensor, codes: int, bits: int) -> Tensor:
     """Read `codes` codes of `bits` bits (at most 16) from uint8 rows (N, B); int64 (N, codes).
 
-    Two and four bits, where no code straddles a byte, take a shift and a mask; the general case reads the
-    24-bit window that begins at the code's first byte.
+    Two and four bits, where no code straddles a byte, take a shift and a mask; the general case
+    reads the 24-bit window that begins at the code's first byte.
     """
     device = packed_NB.device
     if bits in (1, 2, 4, 8):

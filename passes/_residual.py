@@ -1,7 +1,9 @@
-"""Residual vector quantisation with beam search and least-squares refinement (a helper, not a pass).
+"""Residual vector quantisation with beam search and least-squares refinement (a helper, not a
+pass).
 
-A row x is written as a sum of one vector from each of M codebooks (Chen, Guan and Wang, 2010; the beam search and
-the joint update of the codebooks follow the description of additive quantisation by Babenko and Lempitsky, CVPR 2014).
+A row x is written as a sum of one vector from each of M codebooks (Chen, Guan and Wang, 2010; the
+beam search and the joint update of the codebooks follow the description of additive quantisation by
+Babenko and Lempitsky, CVPR 2014).
 Shapes: V rows, N rows of a chunk, S sampled rows, D dimensions, M codebooks, K codewords, B beams.
 """
 
@@ -16,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SAMPLE = 65_536
-"""Rows that codebooks are learned from; larger tables are sampled. Encoding always sees every row."""
+"""Rows that codebooks are learned from; larger tables are sampled. Encoding always sees every
+row."""
 CHUNK = 2_048
 
 Tick = Callable[[str, float], None]
@@ -27,15 +30,17 @@ def residual_quantise(
 ) -> tuple[Tensor, Tensor]:
     """Return codes (V, M) int64 and codebooks (M, K, D) float32 with Σ_m C[m, code_m] ≈ table row.
 
-    Codebooks start as k-means of successive residuals; each of `rounds` rounds encodes the sample by beam search and
-    solves for all codebooks jointly. `tick(what, fraction)` reports progress. Memory beyond the table: one sample.
+    Codebooks start as k-means of successive residuals; each of `rounds` rounds encodes the sample
+    by beam search and solves for all codebooks jointly. `tick(what, fraction)` reports progress.
+    Memory beyond the table: one sample.
     """
     rows = np.random.default_rng(seed).permutation(len(table_VD))[:SAMPLE]
     sample_SD = table_VD[torch.from_numpy(np.sort(rows)).to(table_VD.device)].float()
     books_MKD = _successive_kmeans(sample_SD, codebooks, codewords, seed, tick)
     best = (float("inf"), books_MKD)
     for done in range(rounds):
-        codes = encode(sample_SD, books_MKD, beam, lambda f, n=done: tick("refine", (n + f) / rounds))
+        tick("refine", done / rounds)
+        codes = encode(sample_SD, books_MKD, beam, lambda _: None)
         books_MKD = _least_squares(sample_SD, codes, books_MKD)
         error = float((decode(codes, books_MKD) - sample_SD).square().sum())
         best = min(best, (error, books_MKD), key=lambda pair: pair[0])
@@ -61,7 +66,9 @@ def decode(codes_NM: Tensor, books_MKD: Tensor) -> Tensor:
     return F.embedding_bag(codes_NM + offsets, books_MKD.flatten(0, 1), mode="sum")
 
 
-def _successive_kmeans(sample_SD: Tensor, codebooks: int, codewords: int, seed: int, tick: Tick) -> Tensor:
+def _successive_kmeans(
+    sample_SD: Tensor, codebooks: int, codewords: int, seed: int, tick: Tick
+) -> Tensor:
     residual = sample_SD.cpu().numpy().copy()
     books = []
     for stage in range(codebooks):
@@ -72,7 +79,9 @@ def _successive_kmeans(sample_SD: Tensor, codebooks: int, codewords: int, seed: 
     return torch.stack(books).to(sample_SD)
 
 
-def _encode_chunk(rows_ND: Tensor, books_PD: Tensor, gram_PP: Tensor, size: tuple[int, int], beam: int) -> Tensor:
+def _encode_chunk(
+    rows_ND: Tensor, books_PD: Tensor, gram_PP: Tensor, size: tuple[int, int], beam: int
+) -> Tensor:
     """Beam search by inner products alone: ||x - Σc||² = ||x||² + Σ(||c||² - 2x·c) + 2ΣΣ c·c'."""
     count, (codebooks, codewords) = len(rows_ND), size
     dot_NP = rows_ND @ books_PD.T
@@ -82,7 +91,9 @@ def _encode_chunk(rows_ND: Tensor, books_PD: Tensor, gram_PP: Tensor, size: tupl
         block = slice(first, first + codewords)
         gain_NBK = (gram_PP.diagonal()[block] - 2 * dot_NP[:, block])[:, None]
         if first:
-            cross = F.embedding_bag(entries_NBM.flatten(0, 1), gram_PP[:, block].contiguous(), mode="sum")
+            cross = F.embedding_bag(
+                entries_NBM.flatten(0, 1), gram_PP[:, block].contiguous(), mode="sum"
+            )
             gain_NBK = gain_NBK + 2 * cross.view(count, -1, codewords)
         flat = (cost_NB[..., None] + gain_NBK).flatten(1)
         cost_NB, index_NB = flat.topk(min(beam, flat.shape[1]), largest=False)
@@ -94,10 +105,11 @@ def _encode_chunk(rows_ND: Tensor, books_PD: Tensor, gram_PP: Tensor, size: tupl
 
 
 def _least_squares(sample_SD: Tensor, codes_SM: Tensor, books_MKD: Tensor) -> Tensor:
-    """All codebooks at once: argmin ||one_hot(codes)·C - X||² with a small pull towards the old codebooks.
+    """All codebooks at once: argmin ||one_hot(codes)·C - X||² with a small pull towards the old
+    codebooks.
 
-    The sum of codebooks is unchanged when a vector moves from one to another, so the normal equations are singular
-    without the pull.
+    The sum of codebooks is unchanged when a vector moves from one to another, so the normal
+    equations are singular without the pull.
     """
     codebooks, codewords, dims = books_MKD.shape
     size = codebooks * codewords
@@ -110,5 +122,7 @@ def _least_squares(sample_SD: Tensor, codes_SM: Tensor, books_MKD: Tensor) -> Te
         right += hot.T @ rows
     pull = 1e-3 * len(sample_SD) / codewords
     gram.diagonal().add_(pull)
-    solved = torch.linalg.solve(gram.double(), (right + pull * books_MKD.flatten(0, 1)).double())
+    solved: Tensor = torch.linalg.solve(
+        gram.double(), (right + pull * books_MKD.flatten(0, 1)).double()
+    )
     return solved.to(sample_SD.dtype).view_as(books_MKD)

@@ -1,10 +1,12 @@
-"""Compositional codes (DCCL): a word is a short code, its vector the sum of the code-book entries it names.
+"""Compositional codes (DCCL): a word is a short code, its vector the sum of the code-book entries
+it names.
 
-Shu and Nakayama, "Compressing Word Embeddings via Deep Compositional Code Learning", ICLR 2018 (1711.01068).
-With M codebooks A_i of K vectors each, E'(w) = Σ_i A_i[C_w^i]; codes and codebooks minimise ½||E'(w) - E(w)||².
-Matches embedding tables, tied heads included. Stored: codes packed at M·⌈log2 K⌉ bits a row (rounded up to a
-byte) and the codebooks (M·K, D) in the model's dtype. The dense table is never built: a lookup sums M gathered
-vectors, a tied head multiplies by the codebooks (M·K·D multiply-adds) and sums M gathered products a token.
+Shu and Nakayama, "Compressing Word Embeddings via Deep Compositional Code Learning", ICLR 2018
+(1711.01068). With M codebooks A_i of K vectors each, E'(w) = Σ_i A_i[C_w^i]; codes and codebooks
+minimise ½||E'(w) - E(w)||². Matches embedding tables, tied heads included. Stored: codes packed at
+M·⌈log2 K⌉ bits a row (rounded up to a byte) and the codebooks (M·K, D) in the model's dtype. The
+dense table is never built: a lookup sums M gathered vectors, a tied head multiplies by the
+codebooks (M·K·D multiply-adds) and sums M gathered products a token.
 Shapes: V rows, D dimensions, M codebooks, K codewords, B packed bytes, N tokens.
 """
 
@@ -19,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plmcc.api import Hard, Miss, Objective, Pass, Site, Soft
+from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
 from plmcc.passes._bits import bits_for, pack, row_bytes, unpack
 from plmcc.passes._residual import decode, residual_quantise
 from plmcc.program import Program
@@ -27,12 +29,13 @@ from plmcc.progress import Progress
 
 
 class CompositionalCodes(Pass):
-    """Replace an embedding table by codes and codebooks: each row becomes a sum of shared vectors."""
+    """Replace an embedding table by codes and codebooks: each row becomes a sum of shared
+    vectors."""
 
     preserves: ClassVar[Literal["lossy"]] = "lossy"
     paper: ClassVar[str] = "Shu and Nakayama, ICLR 2018, arXiv:1711.01068"
     hazards: ClassVar[tuple[str, ...]] = (
-        "Without training afterwards the model loses quality; add a `train` section with distillation.",
+        "Without training afterwards the model loses quality; distil it in a `train` section.",
         "The table gets smaller, not the computation: expect the same latency.",
     )
 
@@ -43,7 +46,8 @@ class CompositionalCodes(Pass):
     codewords: int = Field(16, ge=2, le=65536)
     """K: vectors in each codebook; a code takes ⌈log2 K⌉ bits."""
     initialisation: Literal["residual", "paper"] = "residual"
-    """`residual`: residual vector quantisation with beam search. `paper`: the Gumbel-softmax autoencoder."""
+    """`residual`: residual vector quantisation with beam search. `paper`: the Gumbel-softmax
+    autoencoder."""
     beam: int = Field(8, ge=1, le=64)
     """Residual: candidates kept while a row is encoded."""
     rounds: int = Field(3, ge=0, le=100)
@@ -63,7 +67,6 @@ class CompositionalCodes(Pass):
     seed: int = Field(0, ge=0)
     """Of the k-means, or of the autoencoder's weights, batches and noise."""
 
-
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield embedding tables; a table not larger than its own codes would be is a miss."""
         for found in program.resolve(self.targets, "embedding", self.expect):
@@ -72,9 +75,14 @@ class CompositionalCodes(Pass):
                 continue
             rows, dims = found.facts["num_embeddings"], found.facts["embedding_dim"]
             if self.codewords > rows:
-                yield Miss(found.path, f"{self.codewords} codewords for a table of only {rows} rows")
+                yield Miss(
+                    found.path, f"{self.codewords} codewords for a table of only {rows} rows"
+                )
             elif self._parameters_and_codes(rows, dims) >= 4 * rows * dims:
-                yield Miss(found.path, f"the codes and codebooks would be larger than the {rows} x {dims} table")
+                yield Miss(
+                    found.path,
+                    f"the codes and codebooks would be larger than the {rows} x {dims} table",
+                )
             else:
                 yield found
 
@@ -83,8 +91,9 @@ class CompositionalCodes(Pass):
         return rows * width + 4 * self.codebooks * self.codewords * dims
 
     def replace(self, site: Site) -> Soft:
-        """Learn codes for the finished table (no task data), then freeze them; codebooks stay trainable."""
-        table_VD = site.module.weight.detach()  # type: ignore[union-attr, operator]
+        """Learn codes for the finished table (no task data), then freeze them; codebooks stay
+        trainable."""
+        table_VD = site.module.weight.detach()  # type: ignore[operator]
         if not torch.isfinite(table_VD).all():
             raise ValueError(f"{site.path}: the table holds values that are not finite")
         fit = _fit_residual if self.initialisation == "residual" else _fit_paper
@@ -104,7 +113,8 @@ class CompositionalCodes(Pass):
         return SoftCodes(hard, _reconstruction(table_VD, codes_VM, books_MKD))
 
     def objective(self, site: Site, soft: Soft) -> Objective | None:
-        """Codes are frozen and codebooks train on the task's own loss, if asked at a rate of their own."""
+        """Codes are frozen and codebooks train on the task's own loss, if asked at a rate of their
+        own."""
         if self.codebook_learning_rate is None:
             return None
         return CodebookRate(soft, self.codebook_learning_rate)
@@ -124,7 +134,8 @@ class CodebookRate(Objective):
 
 
 class SoftCodes(Soft):
-    """Frozen codes with trainable codebooks. It computes exactly what its hardened form computes."""
+    """Frozen codes with trainable codebooks. It computes exactly what its hardened form
+    computes."""
 
     def __init__(self, coded: CodedEmbedding, figures: dict[str, float]) -> None:
         super().__init__()
@@ -167,7 +178,7 @@ class CodedEmbedding(Hard):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.layout = {
+        self.layout: Layout = {
             "num_embeddings": num_embeddings,
             "embedding_dim": embedding_dim,
             "codebooks": codebooks,
@@ -195,7 +206,8 @@ class CodedEmbedding(Hard):
         return rows_ND.view(*ids.shape, self.embedding_dim)
 
     def attend(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D): products with the codebooks, gathered and summed."""
+        """Logits (..., V) of hidden states (..., D): products with the codebooks, gathered and
+        summed."""
         products_PN = self.codebooks @ hidden.reshape(-1, self.embedding_dim).T
         logits_VN = self._sum_of(self._entries(self.codes), products_PN)
         if self.padding_idx is not None and self.zero_padding:
@@ -221,7 +233,7 @@ class CodedEmbedding(Hard):
 
     def _keep_padding(self, rows_ND: Tensor, ids_N: Tensor) -> Tensor:
         """As nn.Embedding does: no gradient through the padding row; a zero row stays zero."""
-        padding_N1 = (ids_N == self.padding_idx)[:, None]
+        padding_N1 = ids_N.eq(self.padding_idx)[:, None]
         fixed = torch.zeros_like(rows_ND) if self.zero_padding else rows_ND.detach()
         return torch.where(padding_N1, fixed, rows_ND)
 
@@ -232,10 +244,12 @@ class CodedEmbedding(Hard):
 
 
 class CodeAutoencoder(nn.Module):
-    """The paper's encoder and decoder: h = tanh(θᵀE + b), α = softplus(θ'ᵀh + b'), one-hot by Gumbel-softmax.
+    """The paper's encoder and decoder: h = tanh(θᵀE + b), α = softplus(θ'ᵀh + b'), one-hot by
+    Gumbel-softmax.
 
-    The hidden width is M·K/2. Logits are log(α + 1e-8) as in the official code, so that without temperature
-    P(code = k) = α_k / Σ α. Kernels and codebooks start from U(-0.01, 0.01), biases from 0.
+    The hidden width is M·K/2. Logits are log(α + 1e-8) as in the official code, so that without
+    temperature P(code = k) = α_k / Σ α. Kernels and codebooks start from U(-0.01, 0.01), biases
+    from 0.
     """
 
     def __init__(self, dims: int, codebooks: int, codewords: int, temperature: float = 1.0) -> None:
@@ -273,7 +287,9 @@ class CodeAutoencoder(nn.Module):
         return torch.cat(codes), self.codebooks.detach().view(*self.shape, -1)
 
 
-def _fit_residual(options: CompositionalCodes, table_VD: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+def _fit_residual(
+    options: CompositionalCodes, table_VD: Tensor, progress: Progress
+) -> tuple[Tensor, Tensor]:
     return residual_quantise(
         table_VD,
         options.codebooks,
@@ -285,8 +301,11 @@ def _fit_residual(options: CompositionalCodes, table_VD: Tensor, progress: Progr
     )
 
 
-def _fit_paper(options: CompositionalCodes, table_VD: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Train the autoencoder over the shuffled vocabulary and keep the best state by held-out loss."""
+def _fit_paper(
+    options: CompositionalCodes, table_VD: Tensor, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Train the autoencoder over the shuffled vocabulary and keep the best state by held-out
+    loss."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model = CodeAutoencoder(
@@ -299,7 +318,8 @@ def _fit_paper(options: CompositionalCodes, table_VD: Tensor, progress: Progress
 def fit_autoencoder(
     model: CodeAutoencoder, table_VD: Tensor, options: CompositionalCodes, progress: Progress
 ) -> float:
-    """Train in place, keep the state of the best validation loss (640 words, with noise); return that loss."""
+    """Train in place, keep the state of the best validation loss (640 words, with noise); return
+    that loss."""
     optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     held_out = table_VD[torch.randperm(len(table_VD))[:640]].float()
     best, state = math.inf, model.state_dict()
@@ -323,14 +343,17 @@ def _padding_is_zero(table_VD: Tensor, padding_idx: int | None) -> bool:
 
 
 def _reconstruction(table_VD: Tensor, codes_VM: Tensor, books_MKD: Tensor) -> dict[str, float]:
-    """½||ŷ - x||² and ||ŷ - x|| averaged over rows, the error relative to the table's variance, codes in use."""
+    """½||ŷ - x||² and ||ŷ - x|| averaged over rows, the error relative to the table's variance,
+    codes in use."""
     squares, distances, spread = 0.0, 0.0, 0.0
     mean_D = table_VD.float().mean(0)
     for rows, codes in zip(table_VD.split(8192), codes_VM.split(8192), strict=True):
         error_N = (decode(codes, books_MKD) - rows.float()).square().sum(-1)
         squares, distances = squares + float(error_N.sum()), distances + float(error_N.sqrt().sum())
         spread += float((rows.float() - mean_D).square().sum())
-    used = sum(int(column.unique().numel()) for column in codes_VM.T) / (codes_VM.shape[1] * books_MKD.shape[1])
+    used = sum(int(column.unique().numel()) for column in codes_VM.T) / (
+        codes_VM.shape[1] * books_MKD.shape[1]
+    )
     count = len(table_VD)
     return {
         "reconstruction_loss": squares / count / 2,
@@ -338,5 +361,3 @@ def _reconstruction(table_VD: Tensor, codes_VM: Tensor, books_MKD: Tensor) -> di
         "relative_error": squares / max(spread, 1e-30),
         "codewords_used": used,
     }
-
-

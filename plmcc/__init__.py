@@ -1,7 +1,8 @@
 """plmcc: a declarative model-compression compiler for pretrained language models.
 
-Importing it is light: torch and transformers are imported when a name here needs them. Once plmcc is imported,
-transformers loads compressed models (`AutoModel.from_pretrained(directory)`), whichever is imported first.
+Importing it is light: torch and transformers are imported when a name here needs them. Once plmcc
+is imported, transformers loads compressed models (`AutoModel.from_pretrained(directory)`),
+whichever is imported first.
 """
 
 from __future__ import annotations
@@ -40,7 +41,30 @@ _NAMES = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = [
+    "Data",
+    "Distill",
+    "Evaluate",
+    "Hard",
+    "Lower",
+    "Miss",
+    "Objective",
+    "Pass",
+    "Pipeline",
+    "PlmccError",
+    "Program",
+    "Recipe",
+    "Result",
+    "Site",
+    "Soft",
+    "Stage",
+    "Train",
+    "apply",
+    "compile",
+    "load",
+    "load_recipe",
+]
+assert set(__all__) == set(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -56,12 +80,15 @@ def __dir__() -> list[str]:
 class _AfterTransformers(MetaPathFinder, Loader):
     """Registers plmcc's artifacts as soon as transformers has been imported.
 
-    transformers has no entry points for this, and importing it here would make `plmcc --help` take seconds.
+    transformers has no entry points for this, and importing it here would make `plmcc --help` take
+    seconds.
     """
 
     _loader: Any = None
 
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != "transformers":
             return None
         sys.meta_path.remove(self)

@@ -1,8 +1,9 @@
 """All that the author of a pass needs: Pass, Site, Miss, Soft, Hard, Objective.
 
-A pass is one file in `passes/`. `match` finds sites in a `Program`, `replace` turns a site into a `Soft` module
-that can be trained, `Soft.harden` turns that into the `Hard` module that is saved and deployed. Saving, loading,
-size accounting and contracts are generic: a pass writes no code for them.
+A pass is one file in `passes/`. `match` finds sites in a `Program`, `replace` turns a site into a
+`Soft` module that can be trained, `Soft.harden` turns that into the `Hard` module that is saved and
+deployed. Saving, loading, size accounting and contracts are generic: a pass writes no code for
+them.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from plmcc.options import Pass
 
 __all__ = ["Hard", "Layout", "Miss", "Objective", "Pass", "Site", "Soft"]
 
-Layout = dict[str, int | float | bool | str | None | list[int]]
+Layout = dict[str, int | float | bool | str | list[int] | None]
 
 
 @dataclass(frozen=True)
 class Site:
     """A place in a model that a pass can rewrite: one module, or several tied by one weight.
 
-    `paths[i]` is the module path and `roles[i]` what the module does there: "embedding" (looks up rows),
-    "head" (multiplies by the transposed table) or "module" (anything else). The first path is the primary: the
-    replacement goes there, and the other paths become views of it.
-    `facts` is what matching learnt (shapes, padding index, scale); nothing else travels from match to replace.
+    `paths[i]` is the module path and `roles[i]` what the module does there: "embedding" (looks up
+    rows), "head" (multiplies by the transposed table) or "module" (anything else). The first path
+    is the primary: the replacement goes there, and the other paths become views of it. `facts` is
+    what matching learnt (shapes, padding index, scale); nothing else travels from match to replace.
     """
 
     kind: str
@@ -55,17 +56,20 @@ class Miss:
 
 
 class Hard(nn.Module):
-    """The deployed form of a site. `type(self)(**layout)` plus the saved tensors is the module again.
+    """The deployed form of a site. `type(self)(**layout)` plus the saved tensors is the module
+    again.
 
-    `layout` holds everything that decides shapes, as JSON values. The constructor allocates tensors of
-    these shapes (on the meta device when loading) and computes nothing from data. A module that replaces a tied
-    table also has `attend(hidden) -> logits`, the product with its transposed table.
+    `layout` holds everything that decides shapes, as JSON values. The constructor allocates tensors
+    of these shapes (on the meta device when loading) and computes nothing from data. A module that
+    replaces a tied table also has `attend(hidden) -> logits`, the product with its transposed
+    table.
     """
 
     layout: Layout
 
     def ideal_bits(self) -> int | None:
-        """Size in bits by the paper's formula, where that differs from the bytes stored; else None."""
+        """Size in bits by the paper's formula, where that differs from the bytes stored; else
+        None."""
         return None
 
 
@@ -73,11 +77,13 @@ class Soft(nn.Module):
     """The trainable form of a site: the same calls as its `Hard` module, with gradients."""
 
     def harden(self) -> Hard:
-        """Return the deployed form. It computes the same function within the pass's declared tolerance."""
+        """Return the deployed form. It computes the same function within the pass's declared
+        tolerance."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, float]:
-        """Figures for the report, e.g. reconstruction errors. Names are field terms, values plain numbers."""
+        """Figures for the report, e.g. reconstruction errors. Names are field terms, values plain
+        numbers."""
         return {}
 
 
@@ -94,5 +100,6 @@ class Objective:
         return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return optimiser groups (`params`, `lr`, `weight_decay`) for parameters with settings of their own."""
+        """Return optimiser groups (`params`, `lr`, `weight_decay`) for parameters with settings of
+        their own."""
         return []

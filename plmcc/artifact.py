@@ -1,15 +1,15 @@
-"""Compressed models as transformers checkpoints: `AutoModel.from_pretrained(directory)` after `import plmcc`.
+"""Compressed models as transformers checkpoints: `AutoModel.from_pretrained(directory)` after
+`import plmcc`.
 
-The config says `model_type: plmcc`, so that transformers without plmcc refuses it, and `base_model_type` beside
-it. Its `quantization_config` lists the rewritten modules; loading builds each `Hard(**layout)` on the meta device,
-puts it in place, and lets transformers load the tensors. For every tensor that a pass removed, the weight file
-holds an empty one of the same name: whoever loads the file without plmcc, by whatever class, gets a size
-mismatch instead of random weights.
+The config says `model_type: plmcc`, so that transformers without plmcc refuses it, and
+`base_model_type` beside it. Its `quantization_config` lists the rewritten modules; loading builds
+each `Hard(**layout)` on the meta device, puts it in place, and lets transformers load the tensors.
+For every tensor that a pass removed, the weight file holds an empty one of the same name: whoever
+loads the file without plmcc, by whatever class, gets a size mismatch instead of random weights.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from plmcc.api import Hard
     from plmcc.rewrite import Record
 
-# This module is imported in the middle of `import transformers` (see plmcc/__init__.py), perhaps by another module
-# of plmcc that is not complete yet: what it needs of those it imports when it is called.
+# This module is imported in the middle of `import transformers` (see plmcc/__init__.py), perhaps by
+# another module of plmcc that is not complete yet: what it needs of those it imports when it is
+# called.
 
 METHOD = "plmcc"
 FORMAT = 1
@@ -40,39 +41,58 @@ class PlmccConfig(PreTrainedConfig):
     model_type = METHOD
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the config of `base_model_type`, which writes itself as plmcc's again.
 
         Raises:
             PlmccError: the base type is missing or unknown to this transformers.
         """
-        base = config_dict.get("base_model_type")
+        base = str(config_dict.get("base_model_type"))
         if base not in CONFIG_MAPPING or base == METHOD:
-            message = f"transformers has no architecture `{base}`, the base of this compressed model"
+            message = (
+                f"transformers has no architecture `{base}`, the base of this compressed model"
+            )
             raise error("PLM402", message, "config.json: base_model_type")
-        values = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
+        values = {
+            k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")
+        }
         loaded = CONFIG_MAPPING[base].from_dict(values, **kwargs)
         mark(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
 
-@cache
-def _marked(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """A subclass of the same name: transformers finds model classes by the name of the config's class."""
+class _Marked:
+    """Makes a config write itself with `model_type: plmcc` and its own type beside it."""
 
-    def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
-        values = base.to_dict(self)
-        return values | {"model_type": METHOD, "base_model_type": base.model_type}
+    def to_dict(self) -> dict[str, Any]:
+        return _as_plmcc(self, super().to_dict())  # type: ignore[misc]
 
-    def to_diff_dict(self: PreTrainedConfig) -> dict[str, Any]:
-        values = base.to_diff_dict(self)
-        return values | {"model_type": METHOD, "base_model_type": base.model_type}
+    def to_diff_dict(self) -> dict[str, Any]:
+        return _as_plmcc(self, super().to_diff_dict())  # type: ignore[misc]
 
-    def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
-        return _restore, (base, self.__dict__)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self).__mro__[2], self.__dict__)
 
-    members = {"to_dict": to_dict, "to_diff_dict": to_diff_dict, "__reduce__": reduce, "__module__": base.__module__}
-    return type(base.__name__, (base,), members)
+
+def _as_plmcc(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"model_type": METHOD, "base_model_type": type(config).model_type}
+
+
+_MARKED: dict[type, type] = {}
+
+
+def mark(config: PreTrainedConfig) -> None:
+    """Make a config write itself as plmcc's.
+
+    Its class becomes a subclass of the same name: transformers finds the class of a model by the
+    name of its config's class.
+    """
+    kind = type(config)
+    if not issubclass(kind, _Marked):
+        if kind not in _MARKED:
+            members = {"__module__": kind.__module__}
+            _MARKED[kind] = type(kind.__name__, (_Marked, kind), members)
+        config.__class__ = _MARKED[kind]
 
 
 def _restore(base: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
@@ -82,16 +102,10 @@ def _restore(base: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrained
     return config
 
 
-def mark(config: PreTrainedConfig) -> None:
-    """Make a config write itself with `model_type: plmcc`."""
-    if METHOD not in (type(config).__dict__.get("_plmcc"),):
-        config.__class__ = _marked(type(config))
-        type(config)._plmcc = METHOD  # type: ignore[attr-defined]
-
-
 @register_quantization_config(METHOD)
 class PlmccQuantizationConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed model: the format version and the rewritten modules."""
+    """The `quantization_config` of a compressed model: the format version and the rewritten
+    modules."""
 
     def __init__(self, modules: list[dict[str, Any]], format: int = FORMAT, **extra: Any) -> None:
         if format != FORMAT:
@@ -110,17 +124,22 @@ class PlmccQuantizationConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PlmccQuantizer(HfQuantizer):
-    """Puts the rewritten modules into a model that transformers is loading, and saves them again."""
+    """Puts the rewritten modules into a model that transformers is loading, and saves them
+    again."""
 
     quantization_config: PlmccQuantizationConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         files = kwargs.get("checkpoint_files") or []
         for record in self.quantization_config.records():
             install(model, record, _tensors(files))
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return all tensors, with an empty one for each that a pass removed."""
         state = model.state_dict()
         for record in self.quantization_config.records():
@@ -169,8 +188,8 @@ def adopt(model: PreTrainedModel, records: list[Record]) -> None:
 def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, ...]]) -> None:
     """Put the module of a record into a model that is being loaded, on the meta device.
 
-    The model may be of another class than the one saved: a base model without its head, or a base model's weights
-    under a head. Heads that this class ties to the table become views of it too.
+    The model may be of another class than the one saved: a base model without its head, or a base
+    model's weights under a head. Heads that this class ties to the table become views of it too.
 
     Raises:
         PlmccError: the module does not fit the model or the tensors in the file.
@@ -179,19 +198,28 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
 
     primary = _locate(model, record.paths[0])
     if primary is None:
-        if record.paths[0].startswith(f"{model.base_model_prefix}.") or "." not in model.base_model_prefix:
+        if (
+            record.paths[0].startswith(f"{model.base_model_prefix}.")
+            or "." not in model.base_model_prefix
+        ):
             return
         raise error("PLM402", f"the model has no module {record.paths[0]}", "config.json")
     hard = build(record)
     _check_tensors(hard, record, saved)
-    others = {p: r for path, r in zip(record.paths[1:], record.roles[1:], strict=True) if (p := _locate(model, path))}
+    others = {
+        p: r
+        for path, r in zip(record.paths[1:], record.roles[1:], strict=True)
+        if (p := _locate(model, path))
+    }
     for target, source in model.all_tied_weights_keys.items():
         if source == f"{primary}.weight":
             path = target.rpartition(".")[0]
             others.setdefault(path, "head" if path == _head_path(model) else "embedding")
     splice(model, [primary, *others], [record.roles[0], *others.values()], hard)
     ignored = {rf"(^|\.){record.paths[0].rpartition('.')[2]}\.{name}$" for name in record.removed}
-    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+    model._keys_to_ignore_on_load_unexpected = (
+        set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+    )
 
 
 def _head_path(model: PreTrainedModel) -> str | None:
@@ -230,4 +258,10 @@ def _check_tensors(hard: Hard, record: Record, saved: dict[str, tuple[int, ...]]
             message = f"the tensor {name} of shape {tuple(value.shape)} is not in the weight file"
             given = ", ".join(map(str, shapes)) or "no such tensor"
             place = f"model.safetensors: {record.paths[0]}"
-            raise error("PLM402", message, place, given=given, cure="the artifact is damaged: write it again")
+            raise error(
+                "PLM402",
+                message,
+                place,
+                given=given,
+                cure="the artifact is damaged: write it again",
+            )

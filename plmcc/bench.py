@@ -18,8 +18,8 @@ from plmcc.lower import compile as lower
 
 @dataclass(frozen=True)
 class Latency:
-    """Median seconds of a forward pass of the original and the compressed model; `ratio` is the median over rounds
-    of compressed / original, `spread` the distance of its quartiles."""
+    """Median seconds of a forward pass of the original and the compressed model; `ratio` is the
+    median over rounds of compressed / original, `spread` the distance of its quartiles."""
 
     mode: str
     batch: int
@@ -55,11 +55,16 @@ def measure(
     models = [original.eval(), compressed.eval()]
     if compiled:
         models = [lower(copy.deepcopy(model)) for model in models]
-    return [_measure(models, batch, length, "compiled" if compiled else "eager", seconds) for batch in batches]
+    return [
+        _measure(models, batch, length, "compiled" if compiled else "eager", seconds)
+        for batch in batches
+    ]
 
 
 @torch.inference_mode()
-def _measure(models: list[PreTrainedModel], batch: int, length: int, mode: str, seconds: float) -> Latency:
+def _measure(
+    models: list[PreTrainedModel], batch: int, length: int, mode: str, seconds: float
+) -> Latency:
     inputs = _inputs(models[0], batch, length)
     runs = [_runner(model, inputs) for model in models]
     for _ in range(3):
@@ -77,9 +82,11 @@ def _measure(models: list[PreTrainedModel], batch: int, length: int, mode: str, 
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary: Any = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    ids_BL = torch.randint(5, int(vocabulary), (batch, length), generator=generator).to(model.device)
+    ids_BL = torch.randint(5, int(vocabulary), (batch, length), generator=generator).to(
+        model.device
+    )
     inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids_BL

@@ -13,13 +13,11 @@ from plmcc.branches import (
     Branch,
     feed_forward_of,
     is_cross,
-    is_linear,
-    is_norm,
     module_of,
     residual_branches,
 )
+from plmcc.kinds import is_attention, is_linear, is_norm
 from plmcc.layers import Layer
-from plmcc.tracer import is_attention
 
 _PROJECTIONS = {
     "q": ("q", "query", "q_proj", "q_lin", "q_attn", "wq", "query_proj"),
@@ -77,10 +75,11 @@ def _attention(
 ) -> Site | Miss:
     path = f"{layer.path}.{node.target}"
     roles = _projections(module, str(node.target))
+    linears = [name for name, child in module.named_modules() if is_linear(child)]
+    unknown = len(linears) > len(roles)
     if around is not None and "o" not in roles:
         roles |= _output_projection(layer.graph_module, node, around)
-    linears = [name for name, child in module.named_modules() if is_linear(child)]
-    if set(roles) not in _COMPLETE or len(linears) > len(roles):
+    if set(roles) not in _COMPLETE or unknown:
         return Miss(path, f"its projections are not understood: {', '.join(linears) or 'none'}")
     inside = around is None and any(is_norm(child) for child in module.children())
     if around is not None and around.kind == "other":

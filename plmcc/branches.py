@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from transformers.pytorch_utils import Conv1D
 
-from plmcc.tracer import fire_hooks, is_attention
+from plmcc.kinds import is_attention, is_linear, is_norm
+from plmcc.tracer import fire_hooks
 
 Kind = Literal["attention", "cross_attention", "feed_forward", "other"]
 Position = Literal["pre", "post", "none"]
@@ -74,17 +74,6 @@ def residual_branches(graph_module: fx.GraphModule) -> list[Branch]:
 def module_of(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """Return the module that a node calls, or None."""
     return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def is_linear(module: nn.Module | None) -> bool:
-    """Say whether a module is a linear map: `nn.Linear`, or GPT-2's transposed `Conv1D`."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def is_norm(module: nn.Module | None) -> bool:
-    """Say whether a module is a norm: all its parameters are vectors, its weight among them."""
-    parameters = dict(module.named_parameters()) if module is not None else {}
-    return "weight" in parameters and all(p.dim() == 1 for p in parameters.values())
 
 
 def is_cross(node: fx.Node) -> bool:

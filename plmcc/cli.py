@@ -117,14 +117,15 @@ def apply(
 
     from rich.console import Console
 
-    from plmcc import apply as apply_recipe
+    from plmcc.compiler import apply as apply_recipe
     from plmcc.report import print_summary
     from plmcc.terminal import calm
 
     calm()
     loaded = load_recipe(recipe, overrides or (), real=True)
-    options = {"overwrite": overwrite, "base": recipe.parent, "say": typer.echo}
-    result = apply_recipe(loaded, model, output, **options)
+    result = apply_recipe(
+        loaded, model, output, overwrite=overwrite, base=recipe.parent, say=typer.echo
+    )
     print_summary(result, Console())
     typer.echo(f"written to {result.folder}; a fresh process reloaded it with the same outputs")
 

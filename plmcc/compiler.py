@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import concatenate_datasets
 from transformers import PreTrainedModel, set_seed
 
 from plmcc import artifact, rewrite
 from plmcc.api import Pass
 from plmcc.bench import Latency, measure
-from plmcc.data import SYNTHETIC, Rows, load_rows, synthetic_rows
+from plmcc.data import Rows
 from plmcc.diagnostics import error
 from plmcc.evaluate import Evaluator
-from plmcc.recipe import Data, Evaluate, Recipe, Stage, Train
-from plmcc.report import write_documents
-from plmcc.size import check_file, component_bytes
+from plmcc.lessons import classes_shown, evaluation_rows, lesson_of, with_teacher
+from plmcc.output import free, write
+from plmcc.recipe import Evaluate, Recipe, Stage, Train
+from plmcc.size import component_bytes
 from plmcc.source import Source, load_source
-from plmcc.tasks import classes_of, collator, encode
 from plmcc.train import Lesson, train
-from plmcc.verify import in_fresh_process, outputs, probe_inputs, record
+from plmcc.verify import outputs, probe_inputs
 
 Say = Callable[[str], None]
 _HARDEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -34,7 +31,8 @@ _HARDEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1
 
 @dataclass
 class Result:
-    """What `apply` did: the compressed model, and everything that was measured. Sizes are bytes, times seconds."""
+    """What `apply` did: the compressed model, and everything that was measured. Sizes are bytes,
+    times seconds."""
 
     model: PreTrainedModel
     records: list[rewrite.Record] = field(default_factory=list)
@@ -51,10 +49,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes composed in Python: `Pipeline([CompositionalCodes(codebooks=32)])(model)` rewrites in place.
+    """Passes composed in Python: `Pipeline([CompositionalCodes(codebooks=32)])(model)` rewrites in
+    place.
 
-    With `train`, the model is fine-tuned between rewriting and hardening; that needs a `source` with a tokenizer
-    unless the data is synthetic.
+    With `train`, the model is fine-tuned between rewriting and hardening; that needs a `source`
+    with a tokenizer unless the data is synthetic.
     """
 
     passes: Sequence[Pass]
@@ -67,16 +66,14 @@ class Pipeline:
         Raises:
             PlmccError: a pass does not fit the model, or training fails.
         """
-        from plmcc.tasks import task_of
-
-        source = model if isinstance(model, Source) else Source(model, task_of(model.config), type(model).__name__)
+        source = model if isinstance(model, Source) else Source.of(model)
         recipe = Recipe(passes=list(self.passes), train=self.train, seed=self.seed)
         return run(recipe, source, lambda _: None).model
 
 
 def apply(
     recipe: Recipe,
-    model: str | Path | Source | None = None,
+    model: str | Path | PreTrainedModel | Source | None = None,
     output: str | Path | None = None,
     *,
     overwrite: bool = False,
@@ -87,24 +84,32 @@ def apply(
 
     Args:
         recipe: with passes of real classes (`load_recipe(path, real=True)`).
-        model: a directory, a hub id or a loaded `Source`; by default the recipe's `model`.
+        model: a directory, a hub id, or a model in memory, alone or in a `Source` with its
+            tokenizer; by default the recipe's `model`.
         output: the artifact directory; None writes nothing.
         overwrite: replace an existing directory.
         base: the folder that relative data paths may start at besides the current one.
         say: called with every line for the user.
 
     Raises:
-        PlmccError: anything wrong with the recipe, the model, the data, the training or the result. The output
-            directory then does not exist, or is as it was before.
+        PlmccError: anything wrong with the recipe, the model, the data, the training or the result.
+            The output directory then does not exist, or is as it was before.
     """
-    target = _free(Path(output), overwrite) if output is not None else None
+    target = free(Path(output), overwrite) if output is not None else None
     name = model or recipe.model
     if name is None:
-        raise error("PLM502", "no model is named", f"recipe {recipe.name}", cure="add MODEL to the command line")
-    source = name if isinstance(name, Source) else load_source(name, recipe.task, _classes(recipe, base))
+        cure = "add MODEL to the command line, or `model:` to the recipe"
+        raise error("PLM502", "no model is named", f"recipe {recipe.name}", cure=cure)
+    if isinstance(name, PreTrainedModel):
+        source = Source.of(name)
+    elif isinstance(name, Source):
+        source = name
+    else:
+        source = load_source(name, recipe.task, classes_shown(recipe, base))
     result = run(recipe, source, say, base)
     if target is not None:
-        _write(recipe, source, result, target, say)
+        say("writing and verifying")
+        write(recipe, source, result, target)
     return result
 
 
@@ -113,8 +118,9 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     set_seed(recipe.seed)
     model = source.model.eval()
     result = Result(model, bytes_before=component_bytes(model))
-    rows = _evaluation_rows(recipe, source, base)
-    lessons = {stage.name: _lesson(stage, recipe, source, base) for stage in recipe.steps() if stage.train}
+    rows = evaluation_rows(recipe, source, base)
+    taught = [stage for stage in recipe.steps() if stage.train]
+    lessons = {stage.name: lesson_of(stage, recipe, source, base) for stage in taught}
     matched = _matched(recipe, model, 0)
     _announce(recipe, source, matched, say)
     original = source.original() if _needs_original(recipe) else None
@@ -124,7 +130,6 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
         _stage(stage, matched, lessons.get(stage.name), original, result, say)
     artifact.adopt(model, result.records)
     result.bytes_after = component_bytes(model, [item.paths[0] for item in result.records])
-    result.bytes_before = component_bytes(original, [i.paths[0] for i in result.records]) if original else result.bytes_before
     after = _figures(recipe, source, rows, original, say, "the result") if rows else []
     result.metrics = [
         {"metric": asked.metric, "data": asked.data, "before": b, "after": a}
@@ -133,7 +138,9 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     if original is not None and (recipe.lower or recipe.evaluate):
         say("measuring latency")
         compiled = recipe.lower is not None
-        result.latency = _timed(lambda: measure(original, model, compiled=compiled), "latency", result)
+        result.latency = _timed(
+            lambda: measure(original, model, compiled=compiled), "latency", result
+        )
     return result
 
 
@@ -159,10 +166,11 @@ def _stage(
     say(f"stage {stage.name}: rewriting {len(matched.sites)} site(s)")
     done = _timed(lambda: rewrite.replace_all(model, matched), f"{stage.name}.replace", result)
     result.misses += [{"path": miss.path, "reason": miss.reason} for _, miss in matched.misses]
-    if stage.train is not None and lesson is not None:
+    settings = stage.train
+    if settings is not None and lesson is not None:
         say(f"stage {stage.name}: training on {len(lesson.train)} rows")
-        lesson = _with_teacher(lesson, stage.train, original)
-        log = _timed(lambda: train(model, stage.train, lesson, done), f"{stage.name}.train", result)
+        taught = with_teacher(lesson, settings, original)
+        log = _timed(lambda: train(model, settings, taught, done), f"{stage.name}.train", result)
         result.training[stage.name] = log
     model.eval()
     inputs = probe_inputs(model)
@@ -176,11 +184,15 @@ def _stage(
     ]
 
 
-def _check_harden(soft: torch.Tensor, hard: torch.Tensor, model: PreTrainedModel, stage: str) -> None:
+def _check_harden(
+    soft: torch.Tensor, hard: torch.Tensor, model: PreTrainedModel, stage: str
+) -> None:
     scale = float(soft.abs().max().clamp(min=1e-6))
     difference = float((soft - hard).abs().max()) / scale
     if not difference <= _HARDEN_TOLERANCE.get(model.dtype, 5e-2):
-        message = f"hardening changed the outputs of stage {stage} by {difference:.3g} of their scale"
+        message = (
+            f"hardening changed the outputs of stage {stage} by {difference:.3g} of their scale"
+        )
         raise error("PLM402", message, f"stage {stage}")
 
 
@@ -189,76 +201,26 @@ def _needs_original(recipe: Recipe) -> bool:
     return taught or bool(recipe.evaluate) or recipe.lower is not None
 
 
-def _with_teacher(lesson: Lesson, settings: Train, original: PreTrainedModel | None) -> Lesson:
-    from dataclasses import replace
-
-    if settings.distill is None:
-        return lesson
-    if settings.distill.teacher == "original":
-        return replace(lesson, teacher=original)
-    teacher = load_source(settings.distill.teacher, lesson.task).model
-    return replace(lesson, teacher=teacher.requires_grad_(False))
-
-
-def _lesson(stage: Stage, recipe: Recipe, source: Source, base: Path | None) -> Lesson:
-    """Read and encode a stage's data; wrong data ends here, before anything is fitted."""
-    assert stage.train is not None
-    data = stage.train.data
-    collate = collator(source.task, source.tokenizer)
-    options = {"pooling": source.pooling, "seed": recipe.seed}
-    if data.train == SYNTHETIC:
-        vocabulary = int(source.model.config.get_text_config().vocab_size)
-        settings = data.synthetic or _default_synthetic()
-        drawn = synthetic_rows(settings, vocabulary, source.tokenizer, recipe.seed)
-        return Lesson(source.task, drawn, collate, **options)  # type: ignore[arg-type]
-    encoded = _encoded(data, data.train, source, base)
-    evaluated = _encoded(data, data.eval, source, base) if data.eval else None
-    return Lesson(source.task, encoded, collate, eval=evaluated, **options)  # type: ignore[arg-type]
-
-
-def _default_synthetic() -> Any:
-    from plmcc.recipe import Synthetic
-
-    return Synthetic()
-
-
-def _encoded(data: Data, names: str | list[str], source: Source, base: Path | None) -> Any:
-    tokenizer = source.need_tokenizer("training on text")
-    rows = load_rows(names, data.text, data.label, data.limit, base)
-    classes = classes_of(source.model) if source.task == "text-classification" else 0
-    return concatenate_datasets([encode(rows, source.task, tokenizer, data.max_length, classes)])
-
-
-def _classes(recipe: Recipe, base: Path | None) -> int | None:
-    """The number of classes that labelled training data shows, for a head that has to be made."""
-    if recipe.task != "text-classification":
-        return None
-    for stage in recipe.steps():
-        if stage.train and stage.train.data.train != SYNTHETIC:
-            data = stage.train.data
-            rows = load_rows(data.train, data.text, data.label, data.limit, base)
-            labels = {int(v) for v in rows.labels() if str(v).lstrip("-").isdigit()} if rows.label else set()
-            return max(labels, default=1) + 1
-    return None
-
-
-def _evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[Rows]:
-    if recipe.evaluate:
-        source.need_tokenizer("evaluation")
-    return [load_rows(asked.data, asked.text, asked.label, asked.limit, base) for asked in recipe.evaluate]
-
-
 def _figures(
-    recipe: Recipe, source: Source, rows: list[Rows], original: PreTrainedModel | None, say: Say, what: str
+    recipe: Recipe,
+    source: Source,
+    rows: list[Rows],
+    original: PreTrainedModel | None,
+    say: Say,
+    what: str,
 ) -> list[float]:
     say(f"evaluating {what}")
-    evaluator = Evaluator(source.model, source.need_tokenizer("evaluation"), source.pooling, original)
+    evaluator = Evaluator(
+        source.model, source.need_tokenizer("evaluation"), source.pooling, original
+    )
     asked: list[tuple[Evaluate, Rows]] = list(zip(recipe.evaluate, rows, strict=True))
     return [evaluator.compute(figure.metric, table) for figure, table in asked]
 
 
 def _announce(recipe: Recipe, source: Source, matched: rewrite.Matched, say: Say) -> None:
-    say(f"recipe {recipe.name} on {source.name} ({type(source.model).__name__}, task {source.task})")
+    say(
+        f"recipe {recipe.name} on {source.name} ({type(source.model).__name__}, task {source.task})"
+    )
     for stage in recipe.steps():
         trained = f"{stage.train.data.train}" if stage.train else "no training"
         say(f"  stage {stage.name}: {', '.join(type(p).__name__ for p in stage.passes)}; {trained}")
@@ -267,57 +229,3 @@ def _announce(recipe: Recipe, source: Source, matched: rewrite.Matched, say: Say
         say(f"  will rewrite {site.path}{also}")
     for _, miss in matched.misses:
         say(f"  leaves {miss.path}: {miss.reason}")
-
-
-def _free(target: Path, overwrite: bool) -> Path:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise error("PLM501", "this exists and is no directory", str(target), cure="choose another output")
-    if target.exists() and any(target.iterdir()):
-        if not overwrite:
-            cure = "add --overwrite, or choose another output"
-            raise error("PLM501", "the output directory exists", str(target), cure=cure)
-        if not (target / "plmcc.lock.json").exists():
-            message = "the output directory exists and was not written by plmcc"
-            raise error("PLM501", message, str(target), cure="remove it yourself, or choose another output")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=".plmcc-", dir=target.parent)).rmdir()
-    except OSError as problem:
-        raise error("PLM501", f"nothing can be written there: {problem.strerror}", str(target)) from None
-    return target
-
-
-def _write(recipe: Recipe, source: Source, result: Result, target: Path, say: Say) -> None:
-    """Write beside the target, prove it in a fresh process, then rename: what has the name is finished."""
-    say("writing and verifying")
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
-    try:
-        draft.chmod(0o755)
-        save(source, result, draft)
-        check_file(draft, result.bytes_after)
-        result.seconds["verified_difference"] = in_fresh_process(draft)
-        write_documents(recipe, source, result, draft)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
-    except OSError as problem:
-        raise error("PLM501", f"the artifact cannot be written: {problem.strerror or problem}", str(target)) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    result.folder = target
-
-
-def save(source: Source, result: Result, folder: Path) -> None:
-    """Write model, tokenizer, the model's other files and the probes into a folder."""
-    result.model.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
-    for file in source.other_files():
-        assert source.folder is not None
-        copy = folder / file.relative_to(source.folder)
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-    record(result.model, folder)

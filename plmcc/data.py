@@ -1,7 +1,8 @@
-"""Rows to train and evaluate on: local txt, csv, tsv, jsonl and parquet files (also .gz), hub data sets, or none.
+"""Rows to train and evaluate on: local txt, csv, tsv, jsonl and parquet files (also .gz), hub data
+sets, or none.
 
-Reading goes through the `datasets` library. Without data, `synthetic` draws token sequences by Zipf's law; a
-teacher's outputs are then the only targets.
+Reading goes through the `datasets` library. Without data, `synthetic` draws token sequences by
+Zipf's law; a teacher's outputs are then the only targets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from plmcc.diagnostics import PlmccError, did_you_mean, error, listing
 from plmcc.recipe import Synthetic
 
 SYNTHETIC = "synthetic"
-_BUILDERS = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BUILDERS = {
+    ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 _SINGLE = ("text", "sentence", "content")
 _PAIRS = (("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 _LABELS = ("label", "labels", "score")
@@ -33,7 +41,8 @@ if not sys.stderr.isatty():
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with one or two text columns and perhaps a label column. `source` names them in errors."""
+    """Rows with one or two text columns and perhaps a label column. `source` names them in
+    errors."""
 
     table: Dataset
     text: tuple[str, ...]
@@ -55,8 +64,8 @@ class Rows:
         """
         if self.label is None:
             columns = listing(self.table.column_names)
-            raise error("PLM301", "this needs labels, and no column of them is known", self.source, given=columns,
-                        cure="name the column with `label:`")  # fmt: skip
+            raise error("PLM301", "this needs labels, and no column holds them", self.source,
+                        given=columns, cure="name the column with `label:`")  # fmt: skip
         values = list(self.table[self.label])
         for row, value in enumerate(values):
             if value is None or (isinstance(value, float) and np.isnan(value)):
@@ -75,13 +84,15 @@ def load_rows(
 
     Args:
         source: a file, a glob, `hub:name[/config][@split]`, or a list of files.
-        text: the text column or the two columns of a pair; by default the first usual name that exists.
+        text: the text column or the two columns of a pair; by default the first usual name that
+            exists.
         label: the label column; by default the first usual name that exists.
         limit: keep only the first rows.
         base: where relative paths start, if they do not exist in the current directory.
 
     Raises:
-        PlmccError: a file is missing, empty, unreadable or of an unknown kind, or a column is not there.
+        PlmccError: a file is missing, empty, unreadable or of an unknown kind, or a column is not
+            there.
     """
     name = source if isinstance(source, str) else ", ".join(source)
     table = _from_hub(name) if name.startswith("hub:") else _from_files(source, base)
@@ -89,10 +100,14 @@ def load_rows(
         raise error("PLM301", "there are no rows", name)
     columns = _text_columns(table, text, name)
     found_label = _label_column(table, label, name)
-    table = table.filter(lambda row: all(isinstance(row[c], str) and row[c].strip() for c in columns))
+    table = table.filter(
+        lambda row: all(isinstance(row[c], str) and row[c].strip() for c in columns)
+    )
     if len(table) == 0:
         raise error("PLM301", f"every row is empty in {' and '.join(columns)}", name)
-    return Rows(table.select(range(min(limit or len(table), len(table)))), columns, found_label, name)
+    return Rows(
+        table.select(range(min(limit or len(table), len(table)))), columns, found_label, name
+    )
 
 
 def data_files(source: str | Sequence[str], base: Path | None = None) -> list[Path]:
@@ -106,8 +121,11 @@ def data_files(source: str | Sequence[str], base: Path | None = None) -> list[Pa
     return [path for name in names for path in _expand(name, base)]
 
 
-def synthetic_rows(settings: Synthetic, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> Dataset:
-    """Draw token sequences by Zipf's law over the vocabulary in the order of ids; the columns are the model's inputs.
+def synthetic_rows(
+    settings: Synthetic, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> Dataset:
+    """Draw token sequences by Zipf's law over the vocabulary in the order of ids; the columns are
+    the model's inputs.
 
     Special and unused tokens are left out, and added around each sequence as the tokenizer does.
     """
@@ -123,12 +141,20 @@ def _plain_ids(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> np
         return np.arange(vocab_size)
     special = set(tokenizer.all_special_ids)
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-    keep = [i for i in range(vocab_size) if i in tokens and i not in special and "[unused" not in tokens[i]]
+    keep = [
+        i
+        for i in range(vocab_size)
+        if i in tokens and i not in special and "[unused" not in tokens[i]
+    ]
     return np.array(keep)
 
 
 def _framed(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, list[int]]:
-    if tokenizer is not None and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
+    if (
+        tokenizer is not None
+        and tokenizer.cls_token_id is not None
+        and tokenizer.sep_token_id is not None
+    ):
         ids = [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
     elif tokenizer is not None and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
@@ -142,7 +168,9 @@ def _from_hub(source: str) -> Dataset:
     try:
         return load_dataset("/".join(parts[:2]), config, split=split or "train")
     except Exception as problem:  # the library raises many kinds, all with a usable text
-        raise error("PLM301", f"the data set cannot be loaded: {_first_line(problem)}", source) from None
+        raise error(
+            "PLM301", f"the data set cannot be loaded: {_first_line(problem)}", source
+        ) from None
 
 
 def _from_files(source: str | Sequence[str], base: Path | None) -> Dataset:
@@ -150,7 +178,9 @@ def _from_files(source: str | Sequence[str], base: Path | None) -> Dataset:
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         given = ", ".join(sorted(kinds))
-        raise error("PLM301", "files of different kinds cannot be mixed", str(files[0]), given=given)
+        raise error(
+            "PLM301", "files of different kinds cannot be mixed", str(files[0]), given=given
+        )
     for file in files:
         if file.stat().st_size == 0:
             raise error("PLM301", "the file is empty", str(file))
@@ -164,10 +194,17 @@ def _expand(name: str, base: Path | None) -> list[Path]:
         if found:
             folders = [path for path in found if path.is_dir()]
             if folders:
-                raise error("PLM301", "this is a folder", str(folders[0]), cure=f"write {folders[0]}/*.txt or the like")
+                raise error(
+                    "PLM301",
+                    "this is a folder",
+                    str(folders[0]),
+                    cure=f"write {folders[0]}/*.txt or the like",
+                )
             return found
     siblings = [path.name for root in roots for path in (root / name).parent.glob("*")]
-    cure = did_you_mean(Path(name).name, siblings, "paths start at the current directory or at the recipe")
+    cure = did_you_mean(
+        Path(name).name, siblings, "paths start at the current directory or at the recipe"
+    )
     raise error("PLM301", "the file does not exist", name, cure=cure)
 
 
@@ -176,7 +213,9 @@ def _kind(file: Path) -> str:
     if suffix in (".en", ".de", ".fr", ""):  # line-aligned text files of parallel corpora
         suffix = ".txt"
     if suffix not in _BUILDERS:
-        raise error("PLM301", f"a data file cannot be `{suffix}`", str(file), allowed=", ".join(_BUILDERS))
+        raise error(
+            "PLM301", f"a data file cannot be `{suffix}`", str(file), allowed=", ".join(_BUILDERS)
+        )
     return suffix
 
 
@@ -191,7 +230,9 @@ def _read(suffix: str, files: list[Path]) -> Dataset:
         return load_dataset(_BUILDERS[suffix], data_files=paths, split="train", **options)
     except Exception as problem:  # as above
         reason = problem.__cause__ or problem
-        raise error("PLM301", f"the file cannot be read: {_first_line(reason)}", ", ".join(paths)) from None
+        raise error(
+            "PLM301", f"the file cannot be read: {_first_line(reason)}", ", ".join(paths)
+        ) from None
 
 
 def _first_line(problem: BaseException) -> str:
@@ -222,7 +263,9 @@ def _label_column(table: Dataset, label: str | None, source: str) -> str | None:
 def _existing(column: str, names: list[str], source: str) -> str:
     if column not in names:
         cure = did_you_mean(column, names)
-        raise error("PLM301", f"there is no column `{column}`", source, allowed=listing(names), cure=cure)
+        raise error(
+            "PLM301", f"there is no column `{column}`", source, allowed=listing(names), cure=cure
+        )
     return column
 
 
@@ -246,4 +289,10 @@ def check_class_labels(rows: Rows, classes: int) -> list[int]:
 
 def _bad_label(rows: Rows, row: int, value: object, classes: int) -> PlmccError:
     message = f"the label of row {row + 1} is outside the head's range"
-    return error("PLM302", message, f"{rows.source}: {rows.label}", given=repr(value), allowed=f"whole numbers 0 to {classes - 1}")
+    return error(
+        "PLM302",
+        message,
+        f"{rows.source}: {rows.label}",
+        given=repr(value),
+        allowed=f"whole numbers 0 to {classes - 1}",
+    )

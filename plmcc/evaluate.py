@@ -1,4 +1,5 @@
-"""Figures of a model on data: task metrics through scikit-learn and scipy, perplexity, fidelity to the original."""
+"""Figures of a model on data: task metrics through scikit-learn and scipy, perplexity, fidelity to
+the original."""
 
 from __future__ import annotations
 
@@ -20,10 +21,15 @@ from plmcc.tasks import Pooling, classes_of, last_states
 _BATCH = 64
 _CLASSES: dict[str, Callable[[list[int], list[int]], float]] = {
     "accuracy": metrics.accuracy_score,
-    "f1": lambda truth, found: metrics.f1_score(truth, found, average="binary" if max(truth) < 2 else "macro"),
+    "f1": lambda truth, found: metrics.f1_score(
+        truth, found, average="binary" if max(truth) < 2 else "macro"
+    ),
     "matthews": metrics.matthews_corrcoef,
 }
-_CORRELATIONS: dict[str, Callable[[Any, Any], Any]] = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}
+_CORRELATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "spearman": stats.spearmanr,
+    "pearson": stats.pearsonr,
+}
 
 
 class Evaluator:
@@ -37,12 +43,18 @@ class Evaluator:
         original: PreTrainedModel | None = None,
         max_length: int = 128,
     ) -> None:
-        self.model, self.tokenizer, self.pooling, self.original = model.eval(), tokenizer, pooling, original
+        self.model, self.tokenizer, self.pooling, self.original = (
+            model.eval(),
+            tokenizer,
+            pooling,
+            original,
+        )
         self.max_length = min(max_length, tokenizer.model_max_length)
 
     @torch.no_grad()
     def compute(self, metric: str, rows: Rows) -> float:
-        """Return a metric; correlations, accuracies and fidelity are in percent, perplexity is per token.
+        """Return a metric; correlations, accuracies and fidelity are in percent, perplexity is per
+        token.
 
         Raises:
             PlmccError: the rows or the model do not have what the metric needs.
@@ -78,21 +90,31 @@ class Evaluator:
 
     def _correlation(self, measure: Callable[[Any, Any], Any], rows: Rows) -> float:
         if len(rows.text) != 2:
-            raise error("PLM301", "a correlation needs two columns of text", rows.source, cure="name them with `text:`")
+            raise error(
+                "PLM301",
+                "a correlation needs two columns of text",
+                rows.source,
+                cure="name them with `text:`",
+            )
         first, second = (self.embed(rows.texts(column)) for column in (0, 1))
         labels = [float(value) for value in rows.labels()]
         return float(measure((first * second).sum(-1).numpy(), labels)[0])
 
-    def _classification(self, measure: Callable[[list[int], list[int]], float], rows: Rows) -> float:
+    def _classification(
+        self, measure: Callable[[list[int], list[int]], float], rows: Rows
+    ) -> float:
         columns = [rows.texts(column) for column in range(len(rows.text))]
-        parts = [(order, self._logits(batch).argmax(-1).cpu()) for order, batch in self._batches(*columns)]
+        parts = [
+            (order, self._logits(batch).argmax(-1).cpu())
+            for order, batch in self._batches(*columns)
+        ]
         labels = check_class_labels(rows, classes_of(self.model))
         return float(measure(labels, _restored(parts, len(rows)).tolist()))
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.model(**batch).get("logits")
         if logits is None or logits.dim() != 2:
-            raise error("PLM303", "this metric needs a model with a classification head", "evaluate",
+            raise error("PLM303", "this metric needs a classification head", "evaluate",
                         cure="set `task: text-classification`")  # fmt: skip
         return logits  # type: ignore[no-any-return]
 
@@ -101,15 +123,25 @@ class Evaluator:
         for _, batch in self._batches(rows.texts()):
             logits = self.model(**batch).get("logits")
             if logits is None or logits.dim() != 3:
-                raise error("PLM303", "perplexity needs a language model", "evaluate", cure="set `task: text-generation`")
-            targets_BL = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets_BL.flatten(), reduction="sum")
+                raise error(
+                    "PLM303",
+                    "perplexity needs a language model",
+                    "evaluate",
+                    cure="set `task: text-generation`",
+                )
+            targets_BL = batch["input_ids"][:, 1:].masked_fill(
+                batch["attention_mask"][:, 1:] == 0, -100
+            )
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), targets_BL.flatten(), reduction="sum"
+            )
             total, tokens = total + float(loss), tokens + int((targets_BL != -100).sum())
         mean = total / max(1, tokens)
         return math.exp(mean) if mean < 700 else math.inf
 
     def _fidelity(self, rows: Rows) -> float:
-        """Mean cosine to the original: of pooled outputs, or of logits where the model has a head."""
+        """Mean cosine to the original: of pooled outputs, or of logits where the model has a
+        head."""
         assert self.original is not None, "fidelity compares with the original"
         texts = [text for column in range(len(rows.text)) for text in rows.texts(column)]
         cosines: list[Tensor] = []
@@ -120,7 +152,7 @@ class Evaluator:
 
     def _signature(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         output = model(**batch, output_hidden_states=True)
-        logits = output.get("logits")
+        logits: Tensor | None = output.get("logits")
         if logits is None:
             return self.pooling(last_states(output), batch["attention_mask"])
         logits = logits.float() - logits.float().mean(-1, keepdim=True)

@@ -226,21 +226,25 @@ def _rewritten_class(layer: Layer) -> type[nn.Module]:
 def _forward(layer: Layer, original: type[nn.Module]) -> _Forward:
     functions = [type(variant.graph_module).forward for variant in layer.variants]
     by_dtype = any(variant.dtypes for variant in layer.variants)
-    if not layer.branches and not by_dtype:
+    switches = dict(sorted(layer.variants[0].flags))
+    if not layer.branches and not by_dtype and not switches:
         return functions[0]
     names = [parameter.name for parameter in signature(layer.module)]
     table: dict[tuple[Any, ...], _Forward] = {}
     for variant, function in zip(layer.variants, functions, strict=True):
         absent = tuple(name in variant.absent for name in layer.branches)
+        flags = tuple(value for _, value in sorted(variant.flags))
         for dtype in variant.dtypes or {None}:
-            table[(dtype, *absent)] = function
+            table[(dtype, *absent, *flags)] = function
     branches = layer.branches
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         dtype = given[names[0]].dtype if by_dtype else None
-        function = table.get((dtype, *[given.get(name) is None for name in branches]))
+        absent = [given.get(name) is None for name in branches]
+        flags = [bool(given.get(name, value)) for name, value in switches.items()]
+        function = table.get((dtype, *absent, *flags))
         if function is None:
             raise _no_variant(layer, given, dtype)
         return function(self, *args, **kwargs)
@@ -250,10 +254,12 @@ def _forward(layer: Layer, original: type[nn.Module]) -> _Forward:
 
 def _no_variant(layer: Layer, given: dict[str, Any], dtype: torch.dtype | None) -> PlmccError:
     kinds = [f"{n}{'=None' if given.get(n) is None else ''}" for n in layer.branches]
+    names = sorted(layer.variants[0].flags)
+    switched = [f"{name}={given.get(name, value)}" for name, value in names]
     return error(
         "PLM203",
         "the rewritten layer has no code for this kind of call",
         f"model: {layer.path}",
-        given=", ".join(kinds + ([str(dtype)] if dtype else [])),
+        given=", ".join([*kinds, *switched, *([str(dtype)] if dtype else [])]),
         cure="; ".join(layer.refusals),
     )

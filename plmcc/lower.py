@@ -28,18 +28,28 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error("PLM401", "there is no config.json", str(folder), cure="name an artifact directory") from None
+        raise error(
+            "PLM401", "there is no config.json", str(folder), cure="name an artifact directory"
+        ) from None
     except (OSError, ValueError) as problem:
         raise error("PLM401", f"config.json cannot be read: {problem}", str(folder)) from None
     if not isinstance(values, dict) or values.get("model_type") != METHOD:
-        raise error("PLM401", "this model was not written by plmcc", str(folder), cure="use transformers to load it")
+        raise error(
+            "PLM401",
+            "this model was not written by plmcc",
+            str(folder),
+            cure="use transformers to load it",
+        )
     config = AutoConfig.from_pretrained(folder)
-    task = task_of(config, folder)
+    task = task_of((config.architectures or [""])[0], folder)
     return auto_class(task, config).from_pretrained(folder, **options)  # type: ignore[no-any-return]
 
 
-def compile(model: PreTrainedModel | str | Path, dynamic: bool = True, **options: Any) -> PreTrainedModel:
-    """Compile a model, or an artifact, in place through torch.compile; `generate()` and all else stay.
+def compile(
+    model: PreTrainedModel | str | Path, dynamic: bool = True, **options: Any
+) -> PreTrainedModel:
+    """Compile a model, or an artifact, in place through torch.compile; `generate()` and all else
+    stay.
 
     Args:
         model: a model, or the directory of an artifact.

@@ -1,7 +1,7 @@
 """The base class of every pass: its options. Imports neither torch nor transformers.
 
-`plmcc check` validates recipes against these classes and has to answer at once, so what is needed to
-*describe* a pass stays apart from what is needed to *run* one (`plmcc.api`).
+`plmcc check` validates recipes against these classes and has to answer at once, so what is needed
+to *describe* a pass stays apart from what is needed to *run* one (`plmcc.api`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ Preserves = Literal["exact", "within", "lossy"]
 class Pass(BaseModel):
     """A compression technique. Its fields are the options a recipe may give.
 
-    A subclass is frozen and refuses unknown options. `targets` says where it applies (an alias such as
-    `input_embeddings`, a glob, `re:<regex>` or `class:<Name>`), `expect` how many sites it must find.
+    A subclass is frozen and refuses unknown options. `targets` says where it applies (an alias such
+    as `input_embeddings`, a glob, `re:<regex>` or `class:<Name>`), `expect` how many sites it must
+    find.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     preserves: ClassVar[Preserves] = "lossy"
     tolerance: ClassVar[float] = 0.0
-    """For `preserves = "within"`: the largest allowed difference of the outputs, relative to their scale."""
+    """For `preserves = "within"`: the largest allowed difference of the outputs, relative to their
+    scale."""
     paper: ClassVar[str] = ""
     """Where the technique comes from."""
     hazards: ClassVar[tuple[str, ...]] = ()
@@ -41,7 +43,8 @@ class Pass(BaseModel):
     """How many sites the targets must match; any other number is an error."""
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
-        """Yield the sites this pass will rewrite, and for each one it refuses a `Miss` with the reason."""
+        """Yield the sites this pass will rewrite, and for each one it refuses a `Miss` with the
+        reason."""
         raise NotImplementedError
 
     def replace(self, site: Site) -> Soft:

@@ -13,11 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from plmcc.api import Miss, Site
 from plmcc.blocks import attention_sites, feed_forward_sites, linear_shape
-from plmcc.branches import is_linear
 from plmcc.diagnostics import Place, error
+from plmcc.kinds import is_attention, is_linear
 from plmcc.layers import Layer, trace_layer
 from plmcc.targets import Matches, Scope, select
-from plmcc.tracer import is_attention
 
 _PROBED_ROWS = 7
 

@@ -11,7 +11,8 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """`with Progress("codes") as bar: bar.step("encode", 0.5)`: one line, one bar for each phase."""
+    """`with Progress("codes") as bar: bar.step("encode", 0.5)`: one line, one bar for each
+    phase."""
 
     def __init__(self, title: str) -> None:
         columns = (

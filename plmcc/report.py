@@ -1,4 +1,5 @@
-"""What was done, for people and for programs: the table at the end, report.json, the lock file, the model card."""
+"""What was done, for people and for programs: the table at the end, report.json, the lock file, the
+model card."""
 
 from __future__ import annotations
 
@@ -20,12 +21,23 @@ from plmcc.source import Source, file_digest, folder_digests, write_json
 if TYPE_CHECKING:
     from plmcc.compiler import Result
 
-_LIBRARIES = ("plmcc", "torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "scikit-learn")
+_LIBRARIES = (
+    "plmcc",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "scikit-learn",
+)
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that decide results."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in _LIBRARIES
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -56,14 +68,23 @@ def report(recipe: Recipe, source: Source, result: Result) -> dict[str, Any]:
 def write_documents(recipe: Recipe, source: Source, result: Result, folder: Path) -> None:
     """Write recipe.yaml, report.json, plmcc.lock.json and the model card."""
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    write_json(folder / "report.json", report(recipe, source, result) | {"file_bytes": file_bytes(folder)})
+    write_json(
+        folder / "report.json", report(recipe, source, result) | {"file_bytes": file_bytes(folder)}
+    )
     (folder / "README.md").write_text(model_card(recipe, source, result), encoding="utf-8")
     write_json(folder / "plmcc.lock.json", lock(recipe, source, folder))
 
 
 def lock(recipe: Recipe, source: Source, folder: Path) -> dict[str, Any]:
-    """Return what would have to be equal to get the same artifact again, and the digests of what was written."""
-    named = [s for stage in recipe.steps() if stage.train for s in (stage.train.data.train, stage.train.data.eval) if s]
+    """Return what would have to be equal to get the same artifact again, and the digests of what
+    was written."""
+    named = [
+        s
+        for stage in recipe.steps()
+        if stage.train
+        for s in (stage.train.data.train, stage.train.data.eval)
+        if s
+    ]
     named += [asked.data for asked in recipe.evaluate]
     files = {str(file): file_digest(file) for name in named for file in _existing(name)}
     passes = {catalog.name_of(type(p)) for stage in recipe.steps() for p in stage.passes}
@@ -88,7 +109,9 @@ def _existing(name: str | list[str]) -> list[Path]:
 
     try:
         return data_files(name)
-    except PlmccError:  # found beside the recipe instead: its digest is of no use under another path
+    except (
+        PlmccError
+    ):  # found beside the recipe instead: its digest is of no use under another path
         return []
 
 
@@ -119,27 +142,40 @@ def model_card(recipe: Recipe, source: Source, result: Result) -> str:
     ]
     if result.metrics:
         lines += ["| metric | data | before | after |", "|---|---|---|---|"]
-        lines += [f"| {m['metric']} | {Path(m['data']).name} | {m['before']:.2f} | {m['after']:.2f} |" for m in result.metrics]
+        lines += [
+            f"| {m['metric']} | {Path(m['data']).name} | {m['before']:.2f} | {m['after']:.2f} |"
+            for m in result.metrics
+        ]
         lines += [""]
     lines += ["The recipe is in `recipe.yaml`, everything measured in `report.json`."]
     return "\n".join(lines) + "\n"
 
 
 def print_summary(result: Result, console: Console) -> None:
-    """Print the table at the end: bytes by component, metrics, latency, and what they mean in plain words."""
+    """Print the table at the end: bytes by component, metrics, latency, and what they mean in plain
+    words."""
     table = Table(title="what changed")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     for name, before, after in _component_rows(result):
         table.add_row(f"{name} (bytes)", f"{before:,}", f"{after:,}", _factor(before, after))
     before, after = sum(result.bytes_before.values()), sum(result.bytes_after.values())
-    table.add_row("all tensors (bytes)", f"{before:,}", f"{after:,}", _factor(before, after), style="bold")
+    table.add_row(
+        "all tensors (bytes)", f"{before:,}", f"{after:,}", _factor(before, after), style="bold"
+    )
     for item in result.metrics:
         change = f"{item['after'] - item['before']:+.2f}"
-        table.add_row(f"{item['metric']} on {Path(item['data']).name}", f"{item['before']:.2f}", f"{item['after']:.2f}", change)
+        table.add_row(
+            f"{item['metric']} on {Path(item['data']).name}",
+            f"{item['before']:.2f}",
+            f"{item['after']:.2f}",
+            change,
+        )
     for row in result.latency:
         name = f"latency, {row.mode}, batch {row.batch} x {row.length} (ms)"
-        table.add_row(name, f"{row.original * 1e3:.2f}", f"{row.compressed * 1e3:.2f}", f"x{row.ratio:.3f}")
+        table.add_row(
+            name, f"{row.original * 1e3:.2f}", f"{row.compressed * 1e3:.2f}", f"x{row.ratio:.3f}"
+        )
     console.print(table)
     console.print(_speed_words(result))
 
@@ -149,17 +185,31 @@ def _speed_words(result: Result) -> str:
         return "Latency was not measured (add `evaluate` or `lower` to the recipe)."
     ratios = [row.ratio for row in result.latency]
     if min(ratios) > 0.97:
-        return "No speed-up: this model is smaller, not faster." if max(ratios) < 1.03 else "No speed-up, and somewhat slower."
+        return (
+            "No speed-up: this model is smaller, not faster."
+            if max(ratios) < 1.03
+            else "No speed-up, and somewhat slower."
+        )
     return f"Up to {1 / min(ratios):.2f} times as fast."
 
 
 def _component_rows(result: Result) -> list[tuple[str, int, int]]:
-    names = list(result.bytes_before) + [n for n in result.bytes_after if n not in result.bytes_before]
-    return [(name, result.bytes_before.get(name, 0), result.bytes_after.get(name, 0)) for name in names]
+    names = list(result.bytes_before) + [
+        n for n in result.bytes_after if n not in result.bytes_before
+    ]
+    return [
+        (name, result.bytes_before.get(name, 0), result.bytes_after.get(name, 0)) for name in names
+    ]
 
 
 def _factor(before: int, after: int) -> str:
-    return f"{before / after:.2f}x smaller" if after and before > after else "same" if before == after else "larger"
+    return (
+        f"{before / after:.2f}x smaller"
+        if after and before > after
+        else "same"
+        if before == after
+        else "larger"
+    )
 
 
 def _mib(count: int) -> str:

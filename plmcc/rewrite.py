@@ -1,7 +1,7 @@
 """Match, replace, harden: passes rewrite a live transformers model in place.
 
-All passes of a stage are matched before anything is replaced, so that a recipe that does not fit leaves the
-model as it was, and two passes that want the same site are an error instead of a race.
+All passes of a stage are matched before anything is replaced, so that a recipe that does not fit
+leaves the model as it was, and two passes that want the same site are an error instead of a race.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from plmcc.program import Program
 class View(nn.Module):
     """A module path that shares a table kept elsewhere: it owns at most a bias.
 
-    The table is held in a tuple, so that it is not registered twice: its tensors have one name, are saved once
-    and follow their owner's device and dtype.
+    The table is held in a tuple, so that it is not registered twice: its tensors have one name, are
+    saved once and follow their owner's device and dtype.
     """
 
     def __init__(self, table: nn.Module, role: str, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         assert role in ("embedding", "head"), role
         self._table, self.role = (table,), role
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     def forward(self, values: Tensor) -> Tensor:
         """Look up ids (...) -> (..., D), or turn hidden states (..., D) into logits (..., V)."""
         if self.role == "embedding":
-            return self._table[0](values)  # type: ignore[no-any-return]
-        logits = self._table[0].attend(values)  # type: ignore[operator]
+            rows: Tensor = self._table[0](values)
+            return rows
+        logits: Tensor = self._table[0].attend(values)  # type: ignore[operator]
         return logits if self.bias is None else logits + self.bias
 
     @property
@@ -48,7 +50,8 @@ class View(nn.Module):
 
 @dataclass(frozen=True)
 class Record:
-    """What an artifact says of one rewritten site: `class(**layout)` goes to the first path, views to the others."""
+    """What an artifact says of one rewritten site: `class(**layout)` goes to the first path, views
+    to the others."""
 
     name: str
     paths: tuple[str, ...]
@@ -77,11 +80,17 @@ class Record:
             PlmccError: a key is missing or has another type.
         """
         try:
-            lists = [tuple(str(item) for item in values[key]) for key in ("paths", "roles", "removed")]
+            lists = [
+                tuple(str(item) for item in values[key]) for key in ("paths", "roles", "removed")
+            ]
             layout = dict(values["layout"])
-            record = cls(str(values["pass"]), lists[0], lists[1], str(values["class"]), layout, lists[2])
+            record = cls(
+                str(values["pass"]), lists[0], lists[1], str(values["class"]), layout, lists[2]
+            )
         except (KeyError, TypeError, ValueError) as problem:
-            raise error("PLM402", f"a module record is malformed: {problem!r}", "config.json") from None
+            raise error(
+                "PLM402", f"a module record is malformed: {problem!r}", "config.json"
+            ) from None
         if not record.paths or len(record.paths) != len(record.roles):
             raise error("PLM402", "a module record needs as many roles as paths", "config.json")
         return record
@@ -108,7 +117,9 @@ class Matched:
     misses: tuple[tuple[int, Miss], ...]
 
 
-def match(model: PreTrainedModel, passes: Sequence[Pass], places: Sequence[Place | str] = ()) -> Matched:
+def match(
+    model: PreTrainedModel, passes: Sequence[Pass], places: Sequence[Place | str] = ()
+) -> Matched:
     """Match all passes against the model without changing it.
 
     Args:
@@ -117,7 +128,8 @@ def match(model: PreTrainedModel, passes: Sequence[Pass], places: Sequence[Place
         places: where each pass stands in the recipe, for errors.
 
     Raises:
-        PlmccError: a pass matches nothing, refuses all it matches, or wants what another pass has taken.
+        PlmccError: a pass matches nothing, refuses all it matches, or wants what another pass has
+            taken.
     """
     program = Program(model)
     sites: list[tuple[int, Site]] = []
@@ -171,7 +183,9 @@ def replace_all(model: PreTrainedModel, matched: Matched) -> list[Replacement]:
         except PlmccError:
             raise
         except ValueError as problem:
-            raise error("PLM203", f"`{name}` cannot rewrite it: {problem}", f"model: {site.path}") from None
+            raise error(
+                "PLM203", f"`{name}` cannot rewrite it: {problem}", f"model: {site.path}"
+            ) from None
         soft.train(site.module.training)
         objective = chosen.objective(site, soft)
         removed = tuple(dict(site.module.named_parameters()) | dict(site.module.named_buffers()))
@@ -181,7 +195,8 @@ def replace_all(model: PreTrainedModel, matched: Matched) -> list[Replacement]:
 
 
 def harden_all(model: PreTrainedModel, replacements: Sequence[Replacement]) -> list[Record]:
-    """Put the deployed form of every site into the model and return what an artifact has to say of them."""
+    """Put the deployed form of every site into the model and return what an artifact has to say of
+    them."""
     records = []
     for done in replacements:
         hard = done.soft.harden().train(done.soft.training)
@@ -199,8 +214,11 @@ def harden_all(model: PreTrainedModel, replacements: Sequence[Replacement]) -> l
     return records
 
 
-def splice(model: PreTrainedModel, paths: Sequence[str], roles: Sequence[str], module: nn.Module) -> None:
-    """Put a module at the first path and views of it at the others, and forget ties that no longer exist."""
+def splice(
+    model: PreTrainedModel, paths: Sequence[str], roles: Sequence[str], module: nn.Module
+) -> None:
+    """Put a module at the first path and views of it at the others, and forget ties that no longer
+    exist."""
     ties = [(part, part.get_expanded_tied_weights_keys()) for part in _models(model)]
     model.set_submodule(paths[0], module)
     for path, role in zip(paths[1:], roles[1:], strict=True):
@@ -215,7 +233,8 @@ def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 def _keep_ties(part: PreTrainedModel, mapping: dict[str, str]) -> None:
-    """transformers ties weights by name whenever it loads or resizes: names that are gone must be gone there too."""
+    """transformers ties weights by name whenever it loads or resizes: names that are gone must be
+    gone there too."""
     names = {name for name, _ in part.named_parameters(remove_duplicate=False)}
     names |= {name for name, _ in part.named_buffers(remove_duplicate=False)}
     part._tied_weights_keys = {t: s for t, s in mapping.items() if t in names and s in names}
@@ -227,7 +246,8 @@ def _keep_ties(part: PreTrainedModel, mapping: dict[str, str]) -> None:
 def build(record: Record) -> Hard:
     """Return the module of a record with empty tensors on the current default device.
 
-    Only classes that the named pass's own module defines can be built; nothing is imported by a path in a record.
+    Only classes that the named pass's own module defines can be built; nothing is imported by a
+    path in a record.
 
     Raises:
         PlmccError: the pass is not installed, has no such class, or refuses the layout.
@@ -237,8 +257,12 @@ def build(record: Record) -> Hard:
     module = sys.modules[catalog.load(record.name).__module__]
     kind = vars(module).get(record.kind)
     place = f"config.json: {record.paths[0]}"
-    if not (isinstance(kind, type) and issubclass(kind, Hard) and kind.__module__ == module.__name__):
-        raise error("PLM402", f"the pass `{record.name}` has no module class `{record.kind}`", place)
+    if not (
+        isinstance(kind, type) and issubclass(kind, Hard) and kind.__module__ == module.__name__
+    ):
+        raise error(
+            "PLM402", f"the pass `{record.name}` has no module class `{record.kind}`", place
+        )
     try:
         with torch.device("meta"):
             return kind(**record.layout)

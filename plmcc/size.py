@@ -13,10 +13,11 @@ from plmcc.diagnostics import error
 
 
 def component_bytes(model: PreTrainedModel, rewritten: Iterable[str] = ()) -> dict[str, int]:
-    """Return bytes by component: each rewritten path, the embedding tables, each stack of layers, the rest.
+    """Return bytes by component: each rewritten path, the embedding tables, each stack of layers,
+    the rest.
 
-    A tensor that several modules share counts once, for the first of them. Non-persistent buffers do not count:
-    they are not in a file.
+    A tensor that several modules share counts once, for the first of them. Non-persistent buffers
+    do not count: they are not in a file.
     """
     tables = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     stacks = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -36,7 +37,11 @@ def module_bytes(module: nn.Module) -> int:
 
 def file_bytes(folder: Path) -> int:
     """Return the bytes of the weight files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != "probes.safetensors")
+    return sum(
+        file.stat().st_size
+        for file in folder.glob("*.safetensors")
+        if file.name != "probes.safetensors"
+    )
 
 
 def check_file(folder: Path, expected: dict[str, int]) -> None:

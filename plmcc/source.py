@@ -1,4 +1,5 @@
-"""The model that a recipe is applied to: loaded from a folder or the hub, with tokenizer and pooling."""
+"""The model that a recipe is applied to: loaded from a folder or the hub, with tokenizer and
+pooling."""
 
 from __future__ import annotations
 
@@ -20,12 +21,23 @@ from transformers import (
 from plmcc.diagnostics import did_you_mean, error
 from plmcc.tasks import Pooling, auto_class, task_of
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.index.json")
+_WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.onnx",
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.index.json",
+)
 
 
 @dataclass
 class Source:
-    """A loaded model and what belongs to it. `folder` is None for the hub and for models made in Python."""
+    """A loaded model and what belongs to it. `folder` is None for the hub and for models made in
+    Python."""
 
     model: PreTrainedModel
     task: str
@@ -33,6 +45,11 @@ class Source:
     tokenizer: PreTrainedTokenizerBase | None = None
     folder: Path | None = None
     pooling: Pooling = field(default_factory=Pooling)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Source:
+        """Return the source of a model made in Python: without tokenizer, task by its class."""
+        return cls(model, task_of(type(model).__name__), type(model).__name__)
 
     def need_tokenizer(self, why: str) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
@@ -42,19 +59,28 @@ class Source:
         """
         if self.tokenizer is None:
             message = f"{why} needs a tokenizer, and the model comes without one"
-            raise error("PLM303", message, self.name, cure="put the tokenizer's files beside the model")
+            raise error(
+                "PLM303", message, self.name, cure="put the tokenizer's files beside the model"
+            )
         return self.tokenizer
 
     def original(self) -> PreTrainedModel:
-        """Return a copy of the model as it is now, frozen: the teacher and the measure of fidelity."""
-        return copy.deepcopy(self.model).eval().requires_grad_(False)
+        """Return a copy of the model as it is now, frozen: the teacher and the measure of
+        fidelity."""
+        copied: PreTrainedModel = copy.deepcopy(self.model).eval().requires_grad_(False)
+        return copied
 
     def other_files(self) -> list[Path]:
-        """Return the files beside weights and config that belong to the model (sentence-transformers, tokenizer)."""
+        """Return the files beside weights and config that belong to the model
+        (sentence-transformers, tokenizer)."""
         if self.folder is None:
             return []
         weights = {file for pattern in _WEIGHTS for file in self.folder.rglob(pattern)}
-        kept = (p for p in self.folder.rglob("*") if p.is_file() and p.suffix in (".json", ".txt", ".model", ".jinja"))
+        kept = (
+            p
+            for p in self.folder.rglob("*")
+            if p.is_file() and p.suffix in (".json", ".txt", ".model", ".jinja")
+        )
         skipped = ("config.json", "plmcc.lock.json", "report.json")
         return sorted(
             p for p in kept
@@ -77,11 +103,20 @@ def load_source(name: str | Path, task: str = "auto", classes: int | None = None
     folder = Path(name) if Path(name).is_dir() else None
     if folder is None and (Path(name).is_file() or str(name).startswith((".", "/", "~"))):
         siblings = [path.name for path in Path(name).parent.glob("*")]
-        raise error("PLM401", "there is no such model directory", str(name), cure=did_you_mean(Path(name).name, siblings))
+        raise error(
+            "PLM401",
+            "there is no such model directory",
+            str(name),
+            cure=did_you_mean(Path(name).name, siblings),
+        )
     config = _config(name)
-    chosen = task_of(config, folder) if task == "auto" else task
+    chosen = task_of(_architecture(config), folder) if task == "auto" else task
     options = {}
-    if chosen == "text-classification" and task_of(config) != chosen and classes is not None:
+    if (
+        chosen == "text-classification"
+        and task_of(_architecture(config)) != chosen
+        and classes is not None
+    ):
         options["num_labels"] = classes
     try:
         model = auto_class(chosen, config).from_pretrained(name, **options)
@@ -92,10 +127,15 @@ def load_source(name: str | Path, task: str = "auto", classes: int | None = None
 
 def _config(name: str | Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, HFValidationError, KeyError) as problem:
         cure = "name a directory with config.json and weights, or a hub id"
         raise error("PLM401", f"this is no model: {_line(problem)}", str(name), cure=cure) from None
+    return config
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return (config.architectures or [""])[0]
 
 
 def _tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
@@ -103,7 +143,7 @@ def _tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 
@@ -122,7 +162,11 @@ def folder_digests(folder: Path | None) -> dict[str, str]:
     """Return the SHA-256 of each weight file and config of a model directory."""
     if folder is None:
         return {}
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
+    files = sorted(
+        f
+        for f in folder.iterdir()
+        if f.suffix in (".safetensors", ".bin") or f.name == "config.json"
+    )
     return {file.name: file_digest(file) for file in files}
 
 

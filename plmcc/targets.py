@@ -100,7 +100,7 @@ def _end_rule(scope: Scope, target: str) -> _Rule:
     """The table at one end of the model: whatever holds the module that transformers names."""
     model = scope.model
     is_input = target == "input_embeddings"
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: nn.Module | None = model.get_output_embeddings()
     end = model.get_input_embeddings() if is_input else head
     return lambda c: any(model.get_submodule(path) is end for path in _paths(c))
 

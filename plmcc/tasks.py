@@ -1,4 +1,5 @@
-"""What a model is for: the Auto class that loads it, its batches, its own loss, and its pooled output."""
+"""What a model is for: the Auto class that loads it, its batches, its own loss, and its pooled
+output."""
 
 from __future__ import annotations
 
@@ -33,9 +34,9 @@ _HEADS = {
 }
 
 
-def task_of(config: PreTrainedConfig, folder: Path | None = None) -> str:
-    """Return the task that a checkpoint was made for, by its architecture; a sentence encoder has a modules.json."""
-    architecture = (config.architectures or [""])[0]
+def task_of(architecture: str, folder: Path | None = None) -> str:
+    """Return the task that a checkpoint was made for, by its architecture; a sentence encoder has a
+    modules.json."""
     for ending, task in _HEADS.items():
         if architecture.endswith(ending):
             return task
@@ -45,7 +46,8 @@ def task_of(config: PreTrainedConfig, folder: Path | None = None) -> str:
 
 
 def auto_class(task: str, config: PreTrainedConfig) -> Any:
-    """Return the class to load with: the task's Auto class, or for plain features the checkpoint's own class."""
+    """Return the class to load with: the task's Auto class, or for plain features the checkpoint's
+    own class."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     if task == "feature-extraction" and architecture is not None:
         return architecture
@@ -54,7 +56,8 @@ def auto_class(task: str, config: PreTrainedConfig) -> Any:
 
 @dataclass(frozen=True)
 class Pooling:
-    """How token states become one vector: "mean", "cls" or "max" over the real tokens, as in the model's own files."""
+    """How token states become one vector: "mean", "cls" or "max" over the real tokens, as in the
+    model's own files."""
 
     mode: str = "mean"
 
@@ -75,7 +78,13 @@ class Pooling:
             for key, chosen in values.items() if key.startswith("pooling_mode_") and chosen
         ]  # fmt: skip
         if len(modes) != 1 or modes[0] not in ("mean", "cls", "max"):
-            raise error("PLM303", "this pooling is not known", str(file), given=", ".join(modes), allowed="mean, cls, max")
+            raise error(
+                "PLM303",
+                "this pooling is not known",
+                str(file),
+                given=", ".join(modes),
+                allowed="mean, cls, max",
+            )
         return cls(modes[0])
 
     def __call__(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
@@ -96,8 +105,9 @@ def encode(
 ) -> Dataset:
     """Turn rows into model inputs, with `labels` where the task has its own loss.
 
-    A labelled pair of a similarity task becomes `input_ids` and `other_ids` with a label in 0..1 (scaled by the
-    largest and smallest label); without labels, the two texts of a pair are separate rows.
+    A labelled pair of a similarity task becomes `input_ids` and `other_ids` with a label in 0..1
+    (scaled by the largest and smallest label); without labels, the two texts of a pair are separate
+    rows.
     """
     length = min(max_length, tokenizer.model_max_length)
     tokenize = _Tokenize(tokenizer, length)
@@ -109,7 +119,9 @@ def encode(
         return Dataset.from_dict(inputs)
     if task == "sentence-similarity" and len(rows.text) == 2 and rows.label is not None:
         return _labelled_pairs(rows, tokenize)
-    return Dataset.from_dict(tokenize([text for c in range(len(rows.text)) for text in rows.texts(c)]))
+    return Dataset.from_dict(
+        tokenize([text for c in range(len(rows.text)) for text in rows.texts(c)])
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,11 @@ def _labelled_pairs(rows: Rows, tokenize: _Tokenize) -> Dataset:
     try:
         scores = [float(value) for value in rows.labels()]
     except (TypeError, ValueError) as problem:
-        raise error("PLM302", f"a similarity label is not a number: {problem}", f"{rows.source}: {rows.label}") from None
+        raise error(
+            "PLM302",
+            f"a similarity label is not a number: {problem}",
+            f"{rows.source}: {rows.label}",
+        ) from None
     low, high = min(scores), max(scores)
     inputs = tokenize(rows.texts(0))
     inputs["other_ids"] = tokenize(rows.texts(1))["input_ids"]
@@ -133,7 +149,9 @@ def _labelled_pairs(rows: Rows, tokenize: _Tokenize) -> Dataset:
     return Dataset.from_dict(inputs)
 
 
-def collator(task: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+def collator(
+    task: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """Return the function that pads examples into a batch."""
     if tokenizer is None:
         return _stack
@@ -141,7 +159,7 @@ def collator(task: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[
         tokenizer.pad_token = tokenizer.eos_token
     if task in ("fill-mask", "text-generation"):
         make = transformers.DataCollatorForLanguageModeling
-        return make(tokenizer, mlm=task == "fill-mask")  # type: ignore[return-value]
+        return make(tokenizer, mlm=task == "fill-mask")
     pad = transformers.DataCollatorWithPadding(tokenizer)
     return lambda rows: _pad_pairs(rows, pad)
 
@@ -177,4 +195,4 @@ def last_states(output: Any) -> Tensor:
 
 def classes_of(model: PreTrainedModel) -> int:
     """Return the number of classes of the head."""
-    return int(model.config.num_labels)
+    return int(model.config.num_labels or 0)

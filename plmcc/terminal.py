@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 
 def calm() -> None:
-    """Keep transformers' notes about things plmcc does on purpose off the terminal; errors still show."""
+    """Keep transformers' notes about things plmcc does on purpose off the terminal; errors still
+    show."""
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"torch\..*|transformers\..*|accelerate\..*")
     if not sys.stderr.isatty():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import functools
 import inspect
 import re
 import textwrap
@@ -23,20 +22,23 @@ import torch
 from torch import fx, nn
 from torch.fx.node import has_side_effect
 from torch.fx.proxy import TraceError
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from plmcc.kinds import is_attention, is_leaf
 
 KWARGS = "**"
 """The keyword under which a leaf's node holds the layer's `**kwargs`."""
 
-_ATTENTION_CALLS = {"ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention"}
-
 
 @dataclass(frozen=True)
 class Call:
-    """A kind of call of a layer: the optional arguments that are None, the dtype, and the mode."""
+    """A kind of call of a layer: optional arguments that are None, switches, dtype, and mode.
+
+    `flags` are boolean arguments with their values; any other argument is symbolic.
+    """
 
     absent: frozenset[str] = frozenset()
+    flags: frozenset[tuple[str, bool]] = frozenset()
     dtype: torch.dtype = torch.float32
     training: bool = False
 
@@ -48,36 +50,6 @@ class Trace:
     graph: fx.Graph
     dropouts: dict[str, nn.Module] = field(default_factory=dict)
     reads_dtype: bool = False
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Say whether a module computes attention itself: its code names an attention function.
-
-    A wrapper around such a module (attention with its output projection and residual) is not one.
-    """
-    if isinstance(module, PreTrainedModel):
-        return False  # whole models name attention functions to choose between them
-    cls: Any = type(module)
-    names = _names_in_code(cls)
-    maps = [p for child in module.children() for p in child.parameters(recurse=False)]
-    by_softmax = "softmax" in names and sum(p.dim() == 2 for p in maps) >= 2
-    return not _ATTENTION_CALLS.isdisjoint(names) or by_softmax
-
-
-@functools.cache
-def _names_in_code(cls: Any) -> frozenset[str]:
-    """Return the names that the methods of a model's class use, those of nn.Module left out."""
-    own = [c for c in cls.__mro__ if not c.__module__.startswith("torch.")]
-    methods = [inspect.unwrap(v) for c in own for v in vars(c).values() if inspect.isfunction(v)]
-    return frozenset(name for method in methods for name in method.__code__.co_names)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Say whether a layer graph calls this module as it is."""
-    if not list(module.children()) or is_attention(module):
-        return True
-    is_library = type(module).__module__.startswith("torch.nn")
-    return is_library and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def signature(module: nn.Module) -> list[inspect.Parameter]:
@@ -133,7 +105,8 @@ class LayerTracer(fx.Tracer):
         named: dict[str, Any] = {}
         for parameter in signature(layer):
             proxy = self._placeholder(parameter)
-            value = None if parameter.name in self.call.absent else proxy
+            value: Any = dict(self.call.flags).get(parameter.name, proxy)
+            value = None if parameter.name in self.call.absent else value
             if parameter.kind is parameter.VAR_KEYWORD:
                 named[KWARGS] = value
             elif parameter.kind is parameter.KEYWORD_ONLY:

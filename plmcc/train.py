@@ -1,4 +1,5 @@
-"""Fine-tuning a rewritten model: transformers.Trainer with the passes' objectives and distillation."""
+"""Fine-tuning a rewritten model: transformers.Trainer with the passes' objectives and
+distillation."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from plmcc.tasks import Pooling, last_states, similarity_loss
 
 @dataclass(frozen=True)
 class Lesson:
-    """Everything a stage's training needs besides the model: encoded rows, the task, and the teacher."""
+    """Everything a stage's training needs besides the model: encoded rows, the task, and the
+    teacher."""
 
     task: str
     train: Dataset
@@ -49,11 +51,16 @@ def train(
     """Train in place and return the Trainer's log (losses, learning rates, steps).
 
     Raises:
-        PlmccError: there is nothing to learn from, the teacher does not fit, or the loss is not finite.
+        PlmccError: there is nothing to learn from, the teacher does not fit, or the loss is not
+            finite.
     """
     _check_purpose(settings, lesson)
     _check_dropout(settings)
-    distill = _Distillation(model, lesson, settings.distill) if settings.distill and lesson.teacher else None
+    distill = (
+        _Distillation(model, lesson, settings.distill)
+        if settings.distill and lesson.teacher
+        else None
+    )
     objectives = [done.objective for done in replacements if done.objective is not None]
     folder = tempfile.mkdtemp(prefix="plmcc-train-")
     try:
@@ -68,7 +75,8 @@ def train(
             )
             trainer.setup(settings, lesson, distill, objectives)
             trainer.train()
-            # Mixed precision wraps `model.forward`; left there, the model would go on computing in bfloat16.
+            # Mixed precision wraps `model.forward`; left there, the model would go on computing in
+            # bfloat16.
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -80,27 +88,49 @@ def _check_purpose(settings: Train, lesson: Lesson) -> None:
     has_labels = "labels" in lesson.train.column_names
     makes_labels = lesson.task in ("fill-mask", "text-generation")
     if settings.distill is None and not has_labels and not makes_labels:
-        message = f"there is nothing to learn from: {lesson.task} without labels and without `distill`"
-        raise error("PLM303", message, "train", cure="add `distill:` or name the column with `label:`")
+        message = (
+            f"there is nothing to learn from: {lesson.task} without labels and without `distill`"
+        )
+        raise error(
+            "PLM303", message, "train", cure="add `distill:` or name the column with `label:`"
+        )
 
 
 def _check_dropout(settings: Train) -> None:
     if not settings.dropout and settings.arguments.get("gradient_checkpointing"):
-        message = "`dropout: false` runs the model in evaluation mode, where transformers does not checkpoint"
-        raise error("PLM303", message, "train.dropout", cure="remove `gradient_checkpointing` or `dropout: false`")
+        message = "with `dropout: false` transformers does not checkpoint activations"
+        raise error(
+            "PLM303",
+            message,
+            "train.dropout",
+            cure="remove `gradient_checkpointing` or `dropout: false`",
+        )
 
 
 def _arguments(settings: Train, lesson: Lesson, folder: str) -> TrainingArguments:
-    chosen = {"report_to": "none", "save_strategy": "no", "logging_steps": 25, "disable_tqdm": not sys.stderr.isatty()}
+    chosen = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 25,
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
     on_cpu = not torch.cuda.is_available()
-    chosen |= {"dataloader_pin_memory": not on_cpu, "use_cpu": on_cpu and not torch.backends.mps.is_available()}
+    chosen |= {
+        "dataloader_pin_memory": not on_cpu,
+        "use_cpu": on_cpu and not torch.backends.mps.is_available(),
+    }
     chosen |= dict(settings.arguments)
     try:
         return TrainingArguments(
-            output_dir=folder, remove_unused_columns=False, seed=lesson.seed, **_without_seed(chosen)
+            output_dir=folder,
+            remove_unused_columns=False,
+            seed=lesson.seed,
+            **_without_seed(chosen),
         )
     except (ValueError, TypeError, ImportError) as problem:
-        raise error("PLM303", f"the trainer refuses its arguments: {problem}", "train.arguments") from None
+        raise error(
+            "PLM303", f"the trainer refuses its arguments: {problem}", "train.arguments"
+        ) from None
 
 
 def _without_seed(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -108,14 +138,18 @@ def _without_seed(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _trainable(model: PreTrainedModel, settings: Train, replacements: Sequence[Replacement]) -> Iterator[None]:
+def _trainable(
+    model: PreTrainedModel, settings: Train, replacements: Sequence[Replacement]
+) -> Iterator[None]:
     """With `trainable: passes`, freeze everything that no pass has put in."""
     if settings.trainable == "all":
         yield
         return
     ours = {id(p) for done in replacements for p in done.soft.parameters()}
     if not ours:
-        message = "`trainable: passes` leaves nothing to train: no pass of this stage has parameters"
+        message = (
+            "`trainable: passes` leaves nothing to train: no pass of this stage has parameters"
+        )
         raise error("PLM303", message, "train.trainable", cure="write `trainable: all`")
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     for parameter in frozen:
@@ -157,8 +191,14 @@ class _Trainer(Trainer):
         objectives: Sequence[Objective],
     ) -> None:
         """Hand over what the constructor of Trainer has no place for."""
-        self.settings, self.lesson, self.distill, self.objectives = settings, lesson, distill, objectives
-        # The loss is computed here, so gradients of accumulated steps have to be averaged by the Trainer.
+        self.settings, self.lesson, self.distill, self.objectives = (
+            settings,
+            lesson,
+            distill,
+            objectives,
+        )
+        # The loss is computed here, so gradients of accumulated steps have to be averaged by the
+        # Trainer.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
@@ -198,7 +238,8 @@ class _Trainer(Trainer):
         return own if own is not None else torch.zeros((), device=self.args.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the usual optimizer, then move the objectives' parameters into groups of their own."""
+        """Create the usual optimizer, then move the objectives' parameters into groups of their
+        own."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         groups = [group for objective in self.objectives for group in objective.parameter_groups()]
         own = {id(p) for group in groups for p in group["params"]}
@@ -211,7 +252,8 @@ class _Trainer(Trainer):
 
 
 class _Distillation:
-    """The teacher's part of the loss: logits with temperature, hidden states of mapped layers, pooled output."""
+    """The teacher's part of the loss: logits with temperature, hidden states of mapped layers,
+    pooled output."""
 
     def __init__(self, model: PreTrainedModel, lesson: Lesson, settings: Distill) -> None:
         assert lesson.teacher is not None
@@ -221,27 +263,34 @@ class _Distillation:
         self.task_weight = 1.0 if settings.task is None else settings.task
         self.layers = self._layer_map(model) if settings.hidden_states else {}
         if settings.logits and lesson.task in ("sentence-similarity", "feature-extraction"):
-            raise error("PLM303", f"a model for {lesson.task} has no logits", "train.distill.logits",
+            raise error("PLM303", f"{lesson.task} has no logits", "train.distill.logits",
                         cure="use `pooled` and `hidden_states`")  # fmt: skip
 
     def _layer_map(self, model: PreTrainedModel) -> dict[int, int]:
-        """Student state -> teacher state; state 0 is the embedding output, as in `output_hidden_states`."""
+        """Student state -> teacher state; state 0 is the embedding output, as in
+        `output_hidden_states`."""
         mine, theirs = _depth(model), _depth(self.teacher)
         chosen = self.settings.layers
         if chosen is None and theirs % mine:
             cure = "write `layers: {student: teacher, ...}`"
             message = f"{mine} layers cannot follow {theirs} layers evenly"
             raise error("PLM303", message, "train.distill.layers", cure=cure)
-        mapping = dict(chosen) if chosen is not None else {i: i * (theirs // mine) for i in range(mine + 1)}
+        mapping = (
+            dict(chosen)
+            if chosen is not None
+            else {i: i * (theirs // mine) for i in range(mine + 1)}
+        )
         for student, teacher in mapping.items():
             if student > mine or teacher > theirs:
                 allowed = f"student 0 to {mine}, teacher 0 to {theirs}"
-                raise error("PLM303", "the layer map names a layer that is not there", "train.distill.layers",
+                raise error("PLM303", "the map names a missing layer", "train.distill.layers",
                             given=f"{student}: {teacher}", allowed=allowed)  # fmt: skip
         sizes = [part.config.get_text_config().hidden_size for part in (model, self.teacher)]
         if sizes[0] != sizes[1]:
             message = "hidden states can only be compared when they have one size"
-            raise error("PLM303", message, "train.distill.hidden_states", given=f"{sizes[0]} and {sizes[1]}")
+            raise error(
+                "PLM303", message, "train.distill.hidden_states", given=f"{sizes[0]} and {sizes[1]}"
+            )
         return mapping
 
     @torch.no_grad()
@@ -256,9 +305,14 @@ class _Distillation:
         mask_BL = batch["attention_mask"]
         total = torch.zeros((), device=mask_BL.device)
         if self.settings.logits:
-            total = total + self.settings.logits * self._logits(output["logits"], teacher["logits"], mask_BL)
+            total = total + self.settings.logits * self._logits(
+                output["logits"], teacher["logits"], mask_BL
+            )
         if self.settings.hidden_states:
-            pairs = [(output["hidden_states"][s], teacher["hidden_states"][t]) for s, t in self.layers.items()]
+            pairs = [
+                (output["hidden_states"][s], teacher["hidden_states"][t])
+                for s, t in self.layers.items()
+            ]
             term = sum(relative_error(s, t, mask_BL) for s, t in pairs) / len(pairs)
             total = total + self.settings.hidden_states * term
         if self.settings.pooled:
@@ -270,7 +324,9 @@ class _Distillation:
         """KL(teacher || student) at temperature T, times T² (Hinton, Vinyals and Dean, 2015)."""
         if student.shape != teacher.shape:
             given = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-            raise error("PLM303", "student and teacher have different logits", "train.distill", given=given)
+            raise error(
+                "PLM303", "student and teacher have different logits", "train.distill", given=given
+            )
         warm = self.settings.temperature
         log_s, log_t = (F.log_softmax(x.float() / warm, -1) for x in (student, teacher))
         divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
@@ -288,6 +344,3 @@ def relative_error(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) ->
 
 def _depth(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
-
-
-

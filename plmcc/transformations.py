@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from plmcc.api import Miss
 from plmcc.diagnostics import Place, did_you_mean, error, listing
 from plmcc.layers import Layer
+from plmcc.probes import probe_inputs
 from plmcc.program import Program
 from plmcc.tracer import signature
 from plmcc.variants import lookup, sentence, targets
@@ -108,37 +109,6 @@ def transformation_named(name: str, place: Place | str = "transformation") -> Tr
     return transformation
 
 
-def probe_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
-    """Return arguments for a model: random ids `[batch, length]`, audio features or pixels.
-
-    Raises:
-        PlmccError: the model's main input is of another kind.
-    """
-    config = model.config.get_text_config(decoder=True)
-    random = torch.Generator().manual_seed(0)
-    rows = model.get_input_embeddings()
-
-    def tokens() -> Tensor:
-        count = rows.weight.shape[0] if isinstance(rows, nn.Embedding) else config.vocab_size
-        return torch.randint(count // 2, count, (batch, length), generator=random)
-
-    if model.main_input_name == "input_ids":
-        given = {"input_ids": tokens(), "attention_mask": torch.ones(batch, length).long()}
-    elif model.main_input_name == "input_features":
-        frames = 2 * model.config.max_source_positions
-        shape = (batch, model.config.num_mel_bins, frames)
-        given = {"input_features": torch.randn(shape, generator=random).to(model.dtype)}
-    else:
-        raise error(
-            "PLM303",
-            f"plmcc cannot make up `{model.main_input_name}` for {type(model).__name__}",
-            cure="pass `inputs`",
-        )
-    if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = tokens()
-    return {name: value.to(model.device) for name, value in given.items()}
-
-
 def _transformed(layer: Layer, transformation: Transformation) -> Layer | None:
     """Return the layer with all its variants transformed, or None if nothing changed."""
     rewritten = layer.copy()
@@ -208,8 +178,8 @@ def _recorded_calls(
 
 def _calls(layer: Layer, call: _Arguments) -> list[_Arguments]:
     assert call, f"the model never ran {layer.path}"
-    absent = dict.fromkeys(variant.absent for variant in layer.variants)
-    return [call | dict.fromkeys(names) for names in absent]
+    kinds = dict.fromkeys((variant.absent, variant.flags) for variant in layer.variants)
+    return [call | dict.fromkeys(absent) | dict(flags) for absent, flags in kinds]
 
 
 def _outputs(module: nn.Module, call: _Arguments) -> list[Tensor]:

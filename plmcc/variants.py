@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ class Variant:
     """One exact graph of a layer.
 
     It holds for calls whose arguments `absent` are None (the layer's other `branches` are given),
-    and whose hidden states have one of `dtypes`; no dtypes means any.
+    whose hidden states have one of `dtypes` (none means any), and whose switches have the values
+    in `flags`.
     """
 
     graph_module: fx.GraphModule
     absent: frozenset[str] = frozenset()
     dtypes: frozenset[torch.dtype] = frozenset()
+    flags: frozenset[tuple[str, bool]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -72,47 +74,84 @@ def find_variants(module: nn.Module, taps: Iterable[str]) -> Variants:
     depends on more than the absence of a few arguments and the dtype.
     """
     tracing = _Tracing(module, frozenset(taps))
-    optional = [p.name for p in signature(module) if p.default is None]
-    fullest, refusals = _fullest_call(tracing, optional)
-    branches = [n for n in optional if n in fullest.absent or _matters(tracing, fullest, n)]
-    if len(branches) > _MOST_BRANCHES:
-        raise TraceError(f"it branches on too many arguments: {', '.join(branches)}")
-    in_training = Call(fullest.absent, fullest.dtype, training=True)
-    if _key(tracing(fullest).graph) != _key(tracing(in_training).graph):
-        raise TraceError("it takes another path in training than in evaluation")
-    free = [name for name in branches if name not in fullest.absent]
+    parameters = signature(module)
+    optional = [p.name for p in parameters if p.default is None]
+    switches = frozenset((p.name, p.default) for p in parameters if isinstance(p.default, bool))
+    fullest, refusals = _fullest_call(tracing, optional, switches)
+    branches = _branches(tracing, fullest, optional)
     variants: list[Variant] = []
     refused = list(refusals)
-    for absent in _subsets(free):
-        call = Call(fullest.absent | absent, fullest.dtype)
+    for call in _calls(fullest, branches):
         variants += _variants(module, tracing, call, refused)
     return Variants(tuple(variants), tuple(branches), tuple(refused))
 
 
-def _fullest_call(tracing: _Tracing, optional: Sequence[str]) -> tuple[Call, tuple[str, ...]]:
-    """Find the call with all optional arguments, or all but one that the layer refuses (GPT-2)."""
+def _fullest_call(
+    tracing: _Tracing, optional: Sequence[str], switches: frozenset[tuple[str, bool]]
+) -> tuple[Call, tuple[str, ...]]:
+    """Find the call with all optional arguments that can be traced, and why it is not another.
+
+    Switches are symbolic unless the code decides by them (DeBERTa); GPT-2 refuses one argument.
+    """
     full = Call(dtype=tracing.dtype)
+    tried = {full: "", replace(full, flags=switches): ""}
+    tried |= {replace(full, absent=frozenset({name})): f"with {name}: " for name in optional}
+    first: Exception | None = None
+    for call, without in tried.items():
+        try:
+            tracing(call)
+        except Exception as reason:  # a tracer runs foreign code: it can raise anything
+            first = first or reason
+        else:
+            assert first is not None or not without
+            return call, (f"{without}{sentence(first)}",) if first and without else ()
+    assert first is not None
+    raise first
+
+
+def _branches(tracing: _Tracing, fullest: Call, optional: Sequence[str]) -> list[str]:
+    """Return the optional arguments on whose absence the code depends in any kind of call."""
+    branches = sorted(fullest.absent)
+    while len(branches) <= _MOST_BRANCHES:
+        calls = [call for call in _calls(fullest, branches) if _traceable(tracing, call)]
+        for call in calls:
+            training = replace(call, training=True)
+            if _key(tracing(call).graph) != _key(tracing(training).graph):
+                raise TraceError("it takes another path in training than in evaluation")
+        others = [name for name in optional if name not in branches]
+        found = next((n for n in others for c in calls if _matters(tracing, c, n)), None)
+        if found is None:
+            return [name for name in optional if name in branches]
+        branches.append(found)
+    raise TraceError(f"it branches on too many arguments: {', '.join(branches)}")
+
+
+def _calls(fullest: Call, branches: Sequence[str]) -> list[Call]:
+    """Return every kind of call by its switches and absent arguments, the fullest first."""
+    free = [name for name in branches if name not in fullest.absent]
+    flags = sorted(fullest.flags)
+    values = itertools.product(*([(name, value), (name, not value)] for name, value in flags))
+    return [
+        replace(fullest, absent=fullest.absent | absent, flags=frozenset(chosen))
+        for chosen in values
+        for absent in _subsets(free)
+    ]
+
+
+def _traceable(tracing: _Tracing, call: Call) -> bool:
     try:
-        tracing(full)
-        return full, ()
-    except Exception as reason:  # as in trace_layer
-        for name in optional:
-            call = Call(frozenset({name}), tracing.dtype)
-            try:
-                tracing(call)
-            except Exception:
-                continue
-            return call, (f"with {name}: {sentence(reason)}",)
-        raise
+        tracing(call)
+    except Exception:  # `_variants` will say why
+        return False
+    return True
 
 
-def _matters(tracing: _Tracing, fullest: Call, name: str) -> bool:
+def _matters(tracing: _Tracing, call: Call, name: str) -> bool:
     """Say whether the code takes another path when the argument is None."""
-    try:
-        other = tracing(Call(fullest.absent | {name}, fullest.dtype))
-    except Exception:  # it cannot be None, and the variant's own trace will say why
+    other = replace(call, absent=call.absent | {name})
+    if not _traceable(tracing, other):
         return True
-    return _key(tracing(fullest).graph, name) != _key(other.graph, name)
+    return _key(tracing(call).graph, name) != _key(tracing(other).graph, name)
 
 
 def _variants(
@@ -122,10 +161,11 @@ def _variants(
     groups: list[tuple[Trace, set[torch.dtype]]] = []
     for dtype in (call.dtype, *(d for d in _DTYPES if d is not call.dtype)):
         try:
-            done = tracing(Call(call.absent, dtype))
+            done = tracing(replace(call, dtype=dtype))
         except Exception as reason:  # as in trace_layer
             without = f"without {', '.join(sorted(call.absent))} " if call.absent else ""
-            refused.append(f"{without}in {dtype}: {sentence(reason)}")
+            switched = "".join(f"with {name}={value} " for name, value in sorted(call.flags))
+            refused.append(f"{without}{switched}in {dtype}: {sentence(reason)}")
             continue
         same = next((found for t, found in groups if _key(t.graph) == _key(done.graph)), None)
         if same is None:
@@ -137,7 +177,7 @@ def _variants(
     for done, dtypes in groups:
         graph_module = graph_module_for(module, done.graph, done.dropouts)
         kinds = frozenset(dtypes) if done.reads_dtype else frozenset[torch.dtype]()
-        yield Variant(graph_module, call.absent, kinds)
+        yield Variant(graph_module, call.absent, kinds, call.flags)
 
 
 def _key(graph: fx.Graph, absent: str = "") -> _GraphKey:

@@ -1,4 +1,5 @@
-"""The proof that an artifact is the model: a fresh process loads it and repeats the recorded outputs.
+"""The proof that an artifact is the model: a fresh process loads it and repeats the recorded
+outputs.
 
 `probes.safetensors` in the artifact holds inputs and what the model in memory returned for them.
 """
@@ -22,7 +23,8 @@ _NEW_TOKENS = 8
 
 
 def probe_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
-    """Return inputs (batch, length) of random token ids, with padding at the end of the last row."""
+    """Return inputs (batch, length) of random token ids, with padding at the end of the last
+    row."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
     ids_BL = torch.randint(0, vocabulary, (batch, length), generator=generator)
@@ -40,11 +42,16 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tens
     was_training = model.training
     model.eval()
     result = model(**inputs)
-    first = next(v for v in (result.get("logits"), result.get("last_hidden_state"), result[0]) if v is not None)
+    first = next(
+        v
+        for v in (result.get("logits"), result.get("last_hidden_state"), result[0])
+        if v is not None
+    )
     found = {"output": first.float().cpu()}
     if model.can_generate():
         prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
-        tokens = model.generate(**prompt, do_sample=False, num_beams=1, max_new_tokens=_NEW_TOKENS)
+        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _NEW_TOKENS}
+        tokens = model.generate(**prompt, **options)  # type: ignore[operator]
         assert isinstance(tokens, Tensor)
         found["tokens"] = tokens.cpu()
     model.train(was_training)
@@ -60,7 +67,8 @@ def record(model: PreTrainedModel, folder: Path) -> None:
 
 
 def compare(folder: Path) -> float:
-    """Load an artifact and repeat its probes; return the largest difference relative to the outputs' scale.
+    """Load an artifact and repeat its probes; return the largest difference relative to the
+    outputs' scale.
 
     Raises:
         PlmccError: the outputs or greedy tokens differ, or there are no probes.
@@ -76,10 +84,16 @@ def compare(folder: Path) -> float:
     difference = float((found["output"] - expected).abs().max()) / scale
     bound = 1e-4 if model.dtype == torch.float32 else 2e-2
     if not difference <= bound:
-        message = f"the reloaded model differs by {difference:.3g} of its scale from the model in memory"
+        message = (
+            f"the reloaded model differs by {difference:.3g} of its scale from the model in memory"
+        )
         raise error("PLM402", message, str(folder), allowed=f"at most {bound:g}")
     if "output.tokens" in stored and not torch.equal(found["tokens"], stored["output.tokens"]):
-        raise error("PLM402", "the reloaded model generates other tokens than the model in memory", str(folder))
+        raise error(
+            "PLM402",
+            "the reloaded model generates other tokens than the model in memory",
+            str(folder),
+        )
     return difference
 
 
@@ -90,7 +104,10 @@ def in_fresh_process(folder: Path) -> float:
         PlmccError: it fails there, with its reason.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "plmcc.verify", str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "plmcc.verify", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         reason = (done.stderr.strip() or "no output").splitlines()[-1]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from optimum.fx.optimization import (
     ChangeTrueDivToMulByInverse,
     FuseBiasInLinear,
@@ -24,8 +25,9 @@ from plmcc.api import Miss
 from plmcc.branches import residual_branches
 from plmcc.diagnostics import PlmccError
 from plmcc.layers import Layer, original_class, trace_layer
+from plmcc.probes import probe_inputs
 from plmcc.program import Program
-from plmcc.transformations import apply_transformation, probe_inputs, transformation_named
+from plmcc.transformations import apply_transformation, transformation_named
 
 
 def put_back(model: PreTrainedModel) -> PreTrainedModel:
@@ -83,6 +85,35 @@ def test_outputs_are_bit_identical(name: str, attention: str) -> None:
         assert_same(before(**inputs(name), **options), after(**inputs(name), **options))
 
 
+_SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "options"),
+    [
+        ("DebertaV2", "MaskedLM", {}),  # decides by `output_attentions`
+        ("OPT", "CausalLM", {"ffn_dim": 64, "word_embed_proj_dim": 32}),  # reshapes inside
+        ("GPTNeoX", "CausalLM", {}),  # parallel attention and feed-forward
+        ("Gemma2", "CausalLM", {"head_dim": 8, "num_key_value_heads": 2}),  # four norms
+        ("Mixtral", "CausalLM", {"num_local_experts": 2, "num_key_value_heads": 2}),
+        ("Phi3", "CausalLM", {"pad_token_id": 0}),  # fused gate and up projection
+    ],
+)
+def test_other_architectures_are_exact(name: str, head: str, options: dict[str, Any]) -> None:
+    config = getattr(transformers, f"{name}Config")(**_SMALL, **options)
+    model = getattr(transformers, f"{name}For{head}")(config).train(False)
+    ids = torch.randint(3, 99, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True, use_cache=False)
+        assert_same(expected, put_back(model)(ids, output_hidden_states=True, use_cache=False))
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("name", GENERATIVE)
 def test_generate_gives_the_same_tokens(name: str, options: dict[str, Any]) -> None:
@@ -110,7 +141,7 @@ def test_gradient_checkpointing_works(name: str) -> None:
     if not after.supports_gradient_checkpointing:
         pytest.skip("not a feature of this model")
     for model in (before, after):
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     calls = 0
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
@@ -378,6 +409,44 @@ def test_every_combination_of_absent_arguments_has_its_graph() -> None:
     for y in (None, x):
         for z in (None, x + 1):
             assert torch.equal(plain(x, y, z=z), module(x, y, z=z))
+
+
+class _BranchesInBranches(_Base):
+    def forward(self, x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        if y is not None:
+            return x + y
+        return self.linear(x) if z is None else x * z
+
+
+class _Switches(_Base):
+    def forward(self, x: Tensor, twice: bool = False, y: Tensor | None = None) -> Tensor:
+        x = self.linear(self.linear(x)) if twice else self.linear(x)
+        return x if y is None else x + y
+
+
+def test_an_argument_that_matters_only_without_another_is_found() -> None:
+    plain, module = _BranchesInBranches(), _BranchesInBranches()
+    module.load_state_dict(plain.state_dict())
+    layer = trace_layer(module)
+    assert isinstance(layer, Layer)
+    layer.put_back()
+    x = torch.randn(2, 4)
+    for y in (None, x):
+        for z in (None, x + 1):
+            assert torch.equal(plain(x, y, z), module(x, y, z))
+
+
+def test_switches_have_a_graph_for_each_value() -> None:
+    plain, module = _Switches(), _Switches()
+    module.load_state_dict(plain.state_dict())
+    layer = trace_layer(module)
+    assert isinstance(layer, Layer)
+    assert len(layer.variants) == 4
+    layer.put_back()
+    x = torch.randn(2, 4)
+    assert torch.equal(plain(x), module(x))
+    assert torch.equal(plain(x, True), module(x, True))
+    assert torch.equal(plain(x, twice=True, y=x), module(x, twice=True, y=x))
 
 
 def test_a_call_that_the_layer_itself_refuses_stays_an_error() -> None:

@@ -120,7 +120,7 @@ def tiny(name: str, *, dropout: float = 0.0, attention: str = "eager") -> PreTra
         torch.manual_seed(_SEED)
         model: PreTrainedModel = getattr(hf, entry.model)(config)
         if entry.untied:
-            head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            head = model.get_output_embeddings()
             head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
         with torch.no_grad():
             for parameter in model.parameters():

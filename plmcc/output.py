@@ -1,0 +1,85 @@
+"""Writing an artifact: beside its place, proved in a fresh process, then renamed."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plmcc.diagnostics import error
+from plmcc.recipe import Recipe
+from plmcc.report import write_documents
+from plmcc.size import check_file
+from plmcc.source import Source
+from plmcc.verify import in_fresh_process, record
+
+if TYPE_CHECKING:
+    from plmcc.compiler import Result
+
+
+def free(target: Path, overwrite: bool) -> Path:
+    """Return the output directory if it may be written.
+
+    Raises:
+        PlmccError: it holds something that must not be replaced, or cannot be written.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise error(
+            "PLM501", "this exists and is no directory", str(target), cure="choose another output"
+        )
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            cure = "add --overwrite, or choose another output"
+            raise error("PLM501", "the output directory exists", str(target), cure=cure)
+        if not (target / "plmcc.lock.json").exists():
+            message = "the output directory exists and was not written by plmcc"
+            raise error(
+                "PLM501", message, str(target), cure="remove it yourself, or choose another output"
+            )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".plmcc-", dir=target.parent)).rmdir()
+    except OSError as problem:
+        raise error(
+            "PLM501", f"nothing can be written there: {problem.strerror}", str(target)
+        ) from None
+    return target
+
+
+def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
+    """Write beside the target, prove it in a fresh process, then rename: what has the name is
+    finished."""
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
+    try:
+        draft.chmod(0o755)
+        save(source, result, draft)
+        check_file(draft, result.bytes_after)
+        result.seconds["verified_difference"] = in_fresh_process(draft)
+        write_documents(recipe, source, result, draft)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+    except OSError as problem:
+        raise error(
+            "PLM501", f"the artifact cannot be written: {problem.strerror or problem}", str(target)
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    result.folder = target
+
+
+def save(source: Source, result: Result, folder: Path) -> None:
+    """Write model, tokenizer, the model's other files and the probes into a folder."""
+    result.model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+    for file in source.other_files():
+        assert source.folder is not None
+        copy = folder / file.relative_to(source.folder)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    record(result.model, folder)
