@@ -233,6 +233,7 @@ class CodedEmbedding(Hard):
 
     def _keep_padding(self, rows_ND: Tensor, ids_N: Tensor) -> Tensor:
         """As nn.Embedding does: no gradient through the padding row; a zero row stays zero."""
+        assert self.padding_idx is not None
         padding_N1 = ids_N.eq(self.padding_idx)[:, None]
         fixed = torch.zeros_like(rows_ND) if self.zero_padding else rows_ND.detach()
         return torch.where(padding_N1, fixed, rows_ND)

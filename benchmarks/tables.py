@@ -1,0 +1,68 @@
+"""Write the README's tables from `benchmarks/results/*.json`; with `--check`, only compare.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def minilm_codes(rows: list[dict[str, Any]]) -> str:
+    head = ("", "table", "smaller", "STS-B dev", "STS-B test", "model file", "latency, batch 1 / 32")
+    return markdown(head, [_minilm_row(row) for row in rows])
+
+
+def _minilm_row(row: dict[str, Any]) -> tuple[str, ...]:
+    size = f"{row['model_bytes'] / 1e6:.1f} MB" if row["model_bytes"] else ""
+    ratio = row["latency_ratio"]
+    latency = f"x{ratio['1']:.3f} / x{ratio['32']:.3f}" if ratio else ""
+    return (
+        row["system"],
+        f"{row['table_bytes'] / 1e6:.2f} MB",
+        f"{row['table_compression']:.1f}x",
+        f"{row['stsb_dev']:.2f}",
+        f"{row['stsb_test']:.2f}",
+        size,
+        latency,
+    )
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {"minilm_codes": minilm_codes}
+
+
+def filled(text: str) -> str:
+    def table(match: re.Match[str]) -> str:
+        name = match.group(2)
+        result = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text("utf-8"))
+        source = f"\n`{result['command']}`; {result['hardware']['threads']} threads, seeds {result['seeds']}, torch {result['versions']['torch']}.\n"
+        return match.group(1) + TABLES[name](result["rows"]) + source + match.group(3)
+
+    return MARK.sub(table, text)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    new = filled(text)
+    if "--check" not in sys.argv:
+        readme.write_text(new, "utf-8")
+    elif new != text:
+        sys.exit("README.md: a table differs from its results: run python benchmarks/tables.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""stub"""
+
+OPTIONS = {"codebooks": 2, "codewords": 4, "beam": 2, "rounds": 1}
