@@ -22,7 +22,7 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def minilm_codes(rows: list[dict[str, Any]]) -> str:
-    head = ("", "table", "smaller", "STS-B dev", "STS-B test", "model file", "latency, batch 1 / 32")
+    head = ("", "table", "smaller", "STS-B dev", "STS-B test", "model file", "latency 1 / 32")
     return markdown(head, [_minilm_row(row) for row in rows])
 
 
@@ -48,7 +48,9 @@ def filled(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
         result = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text("utf-8"))
-        source = f"\n`{result['command']}`; {result['hardware']['threads']} threads, seeds {result['seeds']}, torch {result['versions']['torch']}.\n"
+        threads, torch = result["hardware"]["threads"], result["versions"]["torch"]
+        facts = f"{threads} threads, seeds {result['seeds']}, torch {torch}"
+        source = f"\n`{result['command']}`; {facts}.\n"
         return match.group(1) + TABLES[name](result["rows"]) + source + match.group(3)
 
     return MARK.sub(table, text)

@@ -109,7 +109,7 @@ class CompositionalCodes(Pass):
             scale=site.facts.get("scale", 1.0),
         ).to(table_VD.device)
         hard.codes.copy_(pack(codes_VM, bits_for(self.codewords)))
-        hard.codebooks = nn.Parameter(books_MKD.flatten(0, 1).to(table_VD.dtype))
+        hard.codebooks = nn.Parameter(books_MKD.flatten(0, 1).to(table_VD.dtype).contiguous())
         return SoftCodes(hard, _reconstruction(table_VD, codes_VM, books_MKD))
 
     def objective(self, site: Site, soft: Soft) -> Objective | None:

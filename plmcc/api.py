@@ -9,11 +9,14 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from plmcc.options import Pass
+
+if TYPE_CHECKING:
+    from plmcc.program import Program
 
 __all__ = ["Hard", "Layout", "Miss", "Objective", "Pass", "Site", "Soft"]
 
@@ -25,9 +28,10 @@ class Site:
     """A place in a model that a pass can rewrite: one module, or several tied by one weight.
 
     `paths[i]` is the module path and `roles[i]` what the module does there: "embedding" (looks up
-    rows), "head" (multiplies by the transposed table) or "module" (anything else). The first path
-    is the primary: the replacement goes there, and the other paths become views of it. `facts` is
-    what matching learnt (shapes, padding index, scale); nothing else travels from match to replace.
+    rows), "head" (multiplies by the transposed table), "layer" (a repeated block, rewritten through
+    its graph) or "module" (anything else). The first path is the primary: the replacement goes
+    there, and the other paths become views of it. `facts` is what matching learnt (shapes, padding
+    index, scale); nothing else travels from match to replace.
     """
 
     kind: str
@@ -67,6 +71,13 @@ class Hard(nn.Module):
 
     layout: Layout
 
+    def rewrite(self, program: Program, path: str) -> None:
+        """For a site of role "layer" only: bring the original layer at `path` into the final form.
+
+        Loading calls it on the meta device, so it must not look at values.
+        """
+        raise NotImplementedError(f"{type(self).__name__} replaces a module, not a layer")
+
     def ideal_bits(self) -> int | None:
         """Size in bits by the paper's formula, where that differs from the bytes stored; else
         None."""
@@ -75,6 +86,10 @@ class Hard(nn.Module):
 
 class Soft(nn.Module):
     """The trainable form of a site: the same calls as its `Hard` module, with gradients."""
+
+    def rewrite(self, program: Program, path: str) -> None:
+        """For a site of role "layer" only: bring the layer at `path` into the trainable form."""
+        raise NotImplementedError(f"{type(self).__name__} replaces a module, not a layer")
 
     def harden(self) -> Hard:
         """Return the deployed form. It computes the same function within the pass's declared

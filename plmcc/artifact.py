@@ -10,6 +10,7 @@ loads the file without plmcc, by whatever class, gets a size mismatch instead of
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from plmcc.diagnostics import error
 
 if TYPE_CHECKING:
-    from plmcc.api import Hard
     from plmcc.rewrite import Record
 
 # This module is imported in the middle of `import transformers` (see plmcc/__init__.py), perhaps by
@@ -135,6 +135,18 @@ class PlmccQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         for record in self.quantization_config.records():
             install(model, record, _tensors(files))
+        for part in model.modules():  # a class of transformers reads its own config, unmarked
+            if isinstance(part, PreTrainedModel):
+                mark(part.config)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        # A concrete class has read its own config, not through AutoConfig.
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                mark(part.config)
         return model
 
     def get_state_dict_and_metadata(
@@ -198,14 +210,12 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
 
     primary = _locate(model, record.paths[0])
     if primary is None:
-        if (
-            record.paths[0].startswith(f"{model.base_model_prefix}.")
-            or "." not in model.base_model_prefix
+        if model.base_model is model and type(model).__name__ not in (
+            model.config.architectures or ()
         ):
-            return
+            return  # a part of the head that the base model does not have
         raise error("PLM402", f"the model has no module {record.paths[0]}", "config.json")
     hard = build(record)
-    _check_tensors(hard, record, saved)
     others = {
         p: r
         for path, r in zip(record.paths[1:], record.roles[1:], strict=True)
@@ -216,7 +226,12 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
             path = target.rpartition(".")[0]
             others.setdefault(path, "head" if path == _head_path(model) else "embedding")
     splice(model, [primary, *others], [record.roles[0], *others.values()], hard)
-    ignored = {rf"(^|\.){record.paths[0].rpartition('.')[2]}\.{name}$" for name in record.removed}
+    for module in model.get_submodule(primary).modules():
+        # transformers' initialisers expect the modules of the original architecture.
+        module._is_hf_initialized = True  # type: ignore[assignment]
+    _check_tensors(model.get_submodule(primary).state_dict(), record, saved)
+    last = re.escape(record.paths[0].rpartition(".")[2])
+    ignored = {rf"(^|\.){last}\.{re.escape(name)}$" for name in record.removed}
     model._keys_to_ignore_on_load_unexpected = (
         set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
     )
@@ -247,21 +262,18 @@ def _tensors(files: list[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_tensors(hard: Hard, record: Record, saved: dict[str, tuple[int, ...]]) -> None:
+def _check_tensors(
+    state: dict[str, Tensor], record: Record, saved: dict[str, tuple[int, ...]]
+) -> None:
     """transformers initialises what a file lacks at random; a compressed module must never be."""
     if not saved:
         return
     last = record.paths[0].rpartition(".")[2]
-    for name, value in hard.state_dict().items():
+    for name, value in state.items():
         shapes = [shape for key, shape in saved.items() if f".{key}".endswith(f".{last}.{name}")]
         if tuple(value.shape) not in shapes:
             message = f"the tensor {name} of shape {tuple(value.shape)} is not in the weight file"
             given = ", ".join(map(str, shapes)) or "no such tensor"
             place = f"model.safetensors: {record.paths[0]}"
-            raise error(
-                "PLM402",
-                message,
-                place,
-                given=given,
-                cure="the artifact is damaged: write it again",
-            )
+            cure = "the artifact is damaged: write it again"
+            raise error("PLM402", message, place, given=given, cure=cure)

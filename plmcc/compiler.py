@@ -19,11 +19,12 @@ from plmcc.diagnostics import error
 from plmcc.evaluate import Evaluator
 from plmcc.lessons import classes_shown, evaluation_rows, lesson_of, with_teacher
 from plmcc.output import free, write
+from plmcc.probes import probe_inputs
 from plmcc.recipe import Evaluate, Recipe, Stage, Train
 from plmcc.size import component_bytes
 from plmcc.source import Source, load_source
 from plmcc.train import Lesson, train
-from plmcc.verify import outputs, probe_inputs
+from plmcc.verify import check_cache, outputs
 
 Say = Callable[[str], None]
 _HARDEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -164,7 +165,13 @@ def _stage(
     """Replace, train, harden."""
     model = result.model
     say(f"stage {stage.name}: rewriting {len(matched.sites)} site(s)")
+    inputs = probe_inputs(model)
+    before = outputs(model, inputs)["output"]
     done = _timed(lambda: rewrite.replace_all(model, matched), f"{stage.name}.replace", result)
+    promised = [p.tolerance for p in matched.passes if p.preserves != "lossy"]
+    if len(promised) == len(matched.passes):
+        after = outputs(model, inputs)["output"]
+        _check_equal(before, after, sum(promised), f"stage {stage.name}: the passes")
     result.misses += [{"path": miss.path, "reason": miss.reason} for _, miss in matched.misses]
     settings = stage.train
     if settings is not None and lesson is not None:
@@ -173,10 +180,12 @@ def _stage(
         log = _timed(lambda: train(model, settings, taught, done), f"{stage.name}.train", result)
         result.training[stage.name] = log
     model.eval()
-    inputs = probe_inputs(model)
     soft = outputs(model, inputs)["output"]
     records = rewrite.harden_all(model, done)
-    _check_harden(soft, outputs(model, inputs)["output"], model, stage.name)
+    allowed = _HARDEN_TOLERANCE.get(model.dtype, 5e-2)
+    hard = outputs(model, inputs)["output"]
+    _check_equal(soft, hard, allowed, f"stage {stage.name}: hardening")
+    check_cache(model, inputs)
     result.records += records
     result.sites += [
         {"pass": d.name, "paths": list(d.site.paths), "figures": d.soft.facts(), "layout": r.layout}
@@ -184,16 +193,12 @@ def _stage(
     ]
 
 
-def _check_harden(
-    soft: torch.Tensor, hard: torch.Tensor, model: PreTrainedModel, stage: str
-) -> None:
-    scale = float(soft.abs().max().clamp(min=1e-6))
-    difference = float((soft - hard).abs().max()) / scale
-    if not difference <= _HARDEN_TOLERANCE.get(model.dtype, 5e-2):
-        message = (
-            f"hardening changed the outputs of stage {stage} by {difference:.3g} of their scale"
-        )
-        raise error("PLM402", message, f"stage {stage}")
+def _check_equal(before: torch.Tensor, after: torch.Tensor, allowed: float, what: str) -> None:
+    scale = float(before.abs().max().clamp(min=1e-6))
+    difference = float((before - after).abs().max()) / scale
+    if not difference <= allowed:
+        message = f"{what} changed the outputs by {difference:.3g} of their scale"
+        raise error("PLM402", message, allowed=f"at most {allowed:g}")
 
 
 def _needs_original(recipe: Recipe) -> bool:

@@ -182,8 +182,15 @@ def _agree(one: Any, other: Any) -> bool:
         return one is other
     mine, theirs = one.state_dict(keep_vars=True), other.state_dict(keep_vars=True)
     return mine.keys() == theirs.keys() and all(
-        mine[name] is theirs[name] or torch.equal(mine[name], theirs[name]) for name in mine
+        mine[name] is theirs[name] or _same(mine[name], theirs[name]) for name in mine
     )
+
+
+def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    if mine.is_meta or theirs.is_meta:  # no values yet: a model that is being loaded
+        return mine.shape == theirs.shape and mine.dtype == theirs.dtype
+    return torch.equal(mine, theirs)
+
 
 
 def _place(module: nn.Module, target: str, value: Any, training: bool) -> None:

@@ -42,7 +42,9 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
         )
     config = AutoConfig.from_pretrained(folder)
     task = task_of((config.architectures or [""])[0], folder)
-    return auto_class(task, config).from_pretrained(folder, **options)  # type: ignore[no-any-return]
+    kind = auto_class(task, config)
+    model: PreTrainedModel = kind.from_pretrained(folder, config=config, **options)
+    return model
 
 
 def compile(

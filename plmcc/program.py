@@ -98,6 +98,12 @@ class Program:
             for index in range(len(module))
         ]
 
+    def _layer_sites(self) -> list[Site | Miss]:
+        paths = self.layer_paths()
+        modules = [self.model.get_submodule(path) for path in paths]
+        pairs = zip(paths, modules, strict=True)
+        return [Site("layer", (path,), ("layer",), (module,)) for path, module in pairs]
+
     def replace_layer(self, path: str, graph_module: fx.GraphModule) -> Callable[[], None]:
         """Make a layer run a rewritten graph. Return a function that undoes it.
 
@@ -119,7 +125,7 @@ class Program:
 
         Args:
             targets: an alias, a glob over module paths, `re:<regex>` or `class:<Name>`, or a list.
-            kind: "embedding", "linear", "attention" or "feed_forward".
+            kind: "embedding", "linear", "attention", "feed_forward" or "layer".
             expect: how many sites there must be.
             place: where the targets were written, for errors.
 
@@ -132,6 +138,7 @@ class Program:
             "linear": self.linears,
             "attention": self.attention,
             "feed_forward": self.feed_forward,
+            "layer": self._layer_sites,
         }
         assert kind in kinds, f"no kind {kind}: {', '.join(kinds)}"
         scope = Scope(self.model, kind, kinds[kind](), place)

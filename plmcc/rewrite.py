@@ -105,7 +105,8 @@ class Replacement:
     site: Site
     soft: Soft
     objective: Objective | None
-    removed: tuple[str, ...]
+    original: tuple[str, ...]
+    """Names of the site's tensors before it was rewritten."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,9 @@ def replace_all(model: PreTrainedModel, matched: Matched) -> list[Replacement]:
             ) from None
         soft.train(site.module.training)
         objective = chosen.objective(site, soft)
-        removed = tuple(dict(site.module.named_parameters()) | dict(site.module.named_buffers()))
+        original = tuple(site.module.state_dict())
         splice(model, site.paths, site.roles, soft)
-        replacements.append(Replacement(name, chosen, site, soft, objective, removed))
+        replacements.append(Replacement(name, chosen, site, soft, objective, original))
     return replacements
 
 
@@ -200,7 +201,9 @@ def harden_all(model: PreTrainedModel, replacements: Sequence[Replacement]) -> l
     records = []
     for done in replacements:
         hard = done.soft.harden().train(done.soft.training)
-        splice(model, done.site.paths, done.site.roles, hard)
+        if done.site.roles[0] != "layer":  # a layer is already in place
+            splice(model, done.site.paths, done.site.roles, hard)
+        kept = model.get_submodule(done.site.path).state_dict()
         records.append(
             Record(
                 done.name,
@@ -208,17 +211,22 @@ def harden_all(model: PreTrainedModel, replacements: Sequence[Replacement]) -> l
                 done.site.roles,
                 type(hard).__name__,
                 hard.layout,
-                tuple(n for n in done.removed if n not in hard.state_dict()),
+                tuple(n for n in done.original if n not in kept),
             )
         )
     return records
 
 
 def splice(
-    model: PreTrainedModel, paths: Sequence[str], roles: Sequence[str], module: nn.Module
+    model: PreTrainedModel, paths: Sequence[str], roles: Sequence[str], module: Soft | Hard
 ) -> None:
-    """Put a module at the first path and views of it at the others, and forget ties that no longer
-    exist."""
+    """Put a module at the first path and views of it at the others, and forget ties that are gone.
+
+    A replacement of a layer rewrites the layer that is there.
+    """
+    if roles[0] == "layer":
+        module.rewrite(Program(model), paths[0])
+        return
     ties = [(part, part.get_expanded_tied_weights_keys()) for part in _models(model)]
     model.set_submodule(paths[0], module)
     for path, role in zip(paths[1:], roles[1:], strict=True):

@@ -19,6 +19,7 @@ _WHOLE_KINDS = {
     "linears": "linear",
     "attention": "attention",
     "feed_forward": "feed_forward",
+    "layers": "layer",
 }
 ALIASES = (*_WHOLE_KINDS, "input_embeddings", "output_embeddings", "encoder", "decoder")
 """Targets that are not patterns: whole kinds, the token tables, and the two stacks."""

@@ -109,6 +109,26 @@ def transformation_named(name: str, place: Place | str = "transformation") -> Tr
     return transformation
 
 
+def would(layer: Layer, transformation: Transformation) -> bool:
+    """Say whether a transformation changes a layer, without changing it.
+
+    Raises:
+        PlmccError: the transformation fails on the layer's graphs.
+    """
+    return _transformed(layer, transformation) is not None
+
+
+def rewrite_layer(layer: Layer, transformation: Transformation) -> None:
+    """Transform a layer in place without running it, as loading does on the meta device.
+
+    Raises:
+        PlmccError: the transformation fails on the layer's graphs.
+    """
+    rewritten = _transformed(layer, transformation)
+    if rewritten is not None:
+        rewritten.put_back()
+
+
 def _transformed(layer: Layer, transformation: Transformation) -> Layer | None:
     """Return the layer with all its variants transformed, or None if nothing changed."""
     rewritten = layer.copy()

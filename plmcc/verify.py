@@ -17,23 +17,10 @@ from transformers import PreTrainedModel
 
 from plmcc.diagnostics import error
 from plmcc.lower import load
+from plmcc.probes import probe_inputs
 
 PROBES = "probes.safetensors"
 _NEW_TOKENS = 8
-
-
-def probe_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
-    """Return inputs (batch, length) of random token ids, with padding at the end of the last
-    row."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    generator = torch.Generator().manual_seed(0)
-    ids_BL = torch.randint(0, vocabulary, (batch, length), generator=generator)
-    mask_BL = torch.ones_like(ids_BL)
-    mask_BL[-1, length - 2 :] = 0
-    inputs = {"input_ids": ids_BL.to(model.device), "attention_mask": mask_BL.to(model.device)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids_BL.to(model.device)
-    return inputs
 
 
 @torch.no_grad()
@@ -47,6 +34,10 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tens
         for v in (result.get("logits"), result.get("last_hidden_state"), result[0])
         if v is not None
     )
+    mask = inputs.get("attention_mask")
+    if mask is not None and first.shape[:2] == mask.shape and not model.config.is_encoder_decoder:
+        # At padding, attention implementations differ on purpose, and nobody reads it.
+        first = first * mask[..., None]
     found = {"output": first.float().cpu()}
     if model.can_generate():
         prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
@@ -56,6 +47,22 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tens
         found["tokens"] = tokens.cpu()
     model.train(was_training)
     return found
+
+
+def check_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    """Compare greedy generation with and without cache: rewritten layers must index it rightly.
+
+    Raises:
+        PlmccError: the tokens differ.
+    """
+    if not model.can_generate():
+        return
+    prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _NEW_TOKENS}
+    runs = [model.generate(**prompt, **options, use_cache=cache) for cache in (True, False)]  # type: ignore[operator]
+    if not torch.equal(*runs):
+        message = "generation with cache gives other tokens than without"
+        raise error("PLM402", message, f"model: {type(model).__name__}")
 
 
 def record(model: PreTrainedModel, folder: Path) -> None:

@@ -80,11 +80,16 @@ class Written:
     sites: tuple[Site, ...]
     folder: Path
 
-    def hard(self) -> Iterator[tuple[Site, Hard]]:
+    def rewritten(self) -> Iterator[tuple[Site, nn.Module]]:
         for site in self.sites:
-            module = self.model.get_submodule(site.path)
-            assert isinstance(module, Hard)
-            yield site, module
+            yield site, self.model.get_submodule(site.path)
+
+    def hard(self) -> Iterator[tuple[Site, Hard]]:
+        """The sites that are modules of a pass; a rewritten layer stays the model's own class."""
+        for site, module in self.rewritten():
+            if site.roles[0] != "layer":
+                assert isinstance(module, Hard)
+                yield site, module
 
 
 CASES = [
@@ -107,12 +112,16 @@ on_a_few = pytest.mark.parametrize(
 )
 
 
+def file_of(name: str) -> Path:
+    return Path(__file__).parent / "passes" / f"test_{name}.py"
+
+
 @functools.cache
 def small(name: str) -> Pass:
     """A pass with options that fit tiny models."""
-    file = Path(__file__).parent / "passes" / f"test_{name}.py"
-    assert file.exists(), f"every pass has its tests in {file.name}"
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    file = file_of(name)
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPTIONS":
             return catalog.load(name)(**ast.literal_eval(node.value))
     return catalog.load(name)()
@@ -175,7 +184,9 @@ def tokens(case: Case, model: PreTrainedModel, **options: Any) -> Tensor:
 
 def reloaded(written: Written, kind: Any = None) -> PreTrainedModel:
     loader = kind or type(written.model)
-    loaded = loader.from_pretrained(written.folder, dtype=written.case.dtype)
+    loaded = loader.from_pretrained(
+        written.folder, dtype=written.case.dtype, attn_implementation="eager"
+    )
     assert isinstance(loaded, PreTrainedModel)
     return loaded.to(written.case.device)  # type: ignore[arg-type]
 
@@ -189,6 +200,11 @@ def assert_same_state(one: nn.Module, two: nn.Module) -> None:
 
 
 # --- what a pass says of itself
+
+
+@pytest.mark.parametrize("name", [n for n in PASSES if catalog.entry(n).module == f"plmcc.passes.{n}"])
+def test_a_shipped_pass_has_tests_of_its_own(name: str) -> None:
+    assert file_of(name).exists()
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -326,11 +342,13 @@ def test_the_trainable_form_learns(case: Case) -> None:
     model, done = softened(case)
     model.train()(**case.labelled()).loss.backward()
     for replacement in done:
-        for name, parameter in replacement.soft.named_parameters():
-            assert parameter.grad is not None, name
-            assert torch.isfinite(parameter.grad).all(), name
-        learned = [p.grad for p in replacement.soft.parameters() if p.grad is not None]
-        assert not learned or any(bool(grad.any()) for grad in learned)
+        path = replacement.site.path
+        learned = []
+        for name, parameter in model.get_submodule(path).named_parameters():
+            assert parameter.grad is not None, f"{path}.{name}"
+            assert torch.isfinite(parameter.grad).all(), f"{path}.{name}"
+            learned.append(bool(parameter.grad.any()))
+        assert any(learned) or not learned, path
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -348,9 +366,9 @@ def test_a_tied_group_has_one_set_of_parameters(written: Written) -> None:
         for path in site.paths[1:]:
             own = dict(written.model.get_submodule(path).named_parameters())
             assert own.keys() <= {"bias"}, f"{path} keeps a copy"
-        stored = {id(p) for p in written.model.state_dict(keep_vars=True).values()}
-        assert len(stored) == len(written.model.state_dict()), "a tensor is stored under two names"
-        assert {id(p) for p in hard.parameters()} <= stored
+        stored = [id(p) for p in written.model.state_dict(keep_vars=True).values()]
+        for tensor in hard.state_dict(keep_vars=True).values():
+            assert stored.count(id(tensor)) == 1
 
 
 @on_every_case
@@ -412,7 +430,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(written: Written) -> No
     plain, checkpointed = (copy.deepcopy(written.model) for _ in range(2))
     if not checkpointed.supports_gradient_checkpointing:
         pytest.skip("the architecture has no gradient checkpointing")
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
     for model in (plain, checkpointed):
         model.train()(**written.case.labelled(), use_cache=False).loss.backward()
     expected = {name: p.grad for name, p in plain.named_parameters()}
@@ -429,7 +447,7 @@ def test_a_deep_copy_is_independent(written: Written) -> None:
     case, copied = written.case, copy.deepcopy(written.model)
     before = output(case, written.model)
     assert torch.equal(output(case, copied), before)
-    for site, _ in written.hard():
+    for site, _ in written.rewritten():
         for value in copied.get_submodule(site.path).parameters():
             value.data.mul_(3)
         for path, role in zip(site.paths, site.roles, strict=True):
@@ -472,13 +490,13 @@ def test_a_resaved_artifact_is_the_same_artifact(written: Written, tmp_path: Pat
 @on_every_case
 def test_bytes_of_the_modules_are_bytes_in_the_file(written: Written) -> None:
     stored = load_file(written.folder / "model.safetensors")
-    for site, hard in written.hard():
+    for site, hard in written.rewritten():
         inside = [value for key, value in stored.items() if key.startswith(f"{site.path}.")]
         assert size.module_bytes(hard) == sum(value.nbytes for value in inside)
     paths = [site.path for site in written.sites]
     sizes = size.component_bytes(written.model, paths)
     size.check_file(written.folder, sizes)
-    assert all(sizes[site.path] == size.module_bytes(hard) for site, hard in written.hard())
+    assert all(sizes[site.path] == size.module_bytes(hard) for site, hard in written.rewritten())
 
 
 @on_every_case
@@ -488,6 +506,8 @@ def test_layouts_are_json_and_rebuild_the_module(written: Written) -> None:
         assert again == record
         hard = written.model.get_submodule(record.paths[0])
         built = rewrite.build(record)
+        if record.roles[0] == "layer":
+            continue
         assert built.layout == hard.layout
         shapes = {name: value.shape for name, value in hard.state_dict().items()}
         assert {name: value.shape for name, value in built.state_dict().items()} == shapes
@@ -534,7 +554,7 @@ def test_a_reloaded_model_trains_under_trainer(written: Written, tmp_path: Path)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    for site, hard in written.hard():
+    for site, hard in written.rewritten():
         now = dict(model.get_submodule(site.path).named_parameters())
         for name, parameter in hard.named_parameters():
             assert not torch.equal(parameter, now[name].cpu()), f"{name} did not move"
@@ -566,7 +586,9 @@ def check_compiled(case: Case, model: PreTrainedModel, site: Site, backend: str)
     hook = hard.register_forward_pre_hook(
         lambda _, args, options: seen.append((args, options)), with_kwargs=True
     )
-    output(case, model)
+    with torch.no_grad():
+        # A cache would grow with every call that is compared.
+        model(**case.inputs(), **({"use_cache": False} if case.model in GENERATIVE else {}))
     hook.remove()
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [(hard.forward, *seen[0])]
     if "head" in site.roles:
@@ -649,7 +671,9 @@ def test_a_base_model_gets_a_new_head(written: Written, tmp_path: Path) -> None:
     base = reloaded(written, AutoModel)
     base.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    classifier = transformers.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    classifier = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, attn_implementation="eager"
+    )
     given = written.case.inputs()
     with torch.no_grad():
         assert classifier(**given).logits.shape == (3, 3)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_one_top_level_package(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"plmcc"}
+
+
+def test_the_wheel_holds_every_pass_recipe_and_the_type_marker(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = [f"plmcc/passes/{file.name}" for file in (ROOT / "passes").glob("*.py")]
+    sources += [f"plmcc/recipes/{file.name}" for file in (ROOT / "recipes").glob("*.yaml")]
+    sources += [f"plmcc/{file.name}" for file in (ROOT / "plmcc").glob("*.py")]
+    assert {*sources, "plmcc/py.typed"} <= names
+
+
+def test_an_installed_wheel_runs_and_passes_have_one_name(wheel: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import plmcc, plmcc.catalog as catalog\n"
+        f"assert plmcc.__file__.startswith({str(tmp_path)!r}), plmcc.__file__\n"
+        "assert 'compositional_codes' in catalog.names()\n"
+        "assert catalog.load('compositional_codes').__module__ == 'plmcc.passes.compositional_codes'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_passes_cannot_be_imported_under_another_name() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import passes"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "the passes are the package plmcc.passes" in done.stderr
+
+
+def test_importing_plmcc_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, plmcc; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_resolve_and_are_documented() -> None:
+    import plmcc
+
+    for name in plmcc.__all__:
+        value = getattr(plmcc, name)
+        assert value.__doc__, name
+
+
+@pytest.mark.parametrize("order", ["import plmcc, transformers", "import transformers, plmcc"])
+def test_artifacts_are_registered_in_either_order_of_imports(order: str) -> None:
+    code = (
+        f"{order}\n"
+        "from transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert 'plmcc' in CONFIG_MAPPING and 'plmcc' in AUTO_QUANTIZER_MAPPING\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
