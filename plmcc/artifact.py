@@ -222,7 +222,8 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
         if (p := _locate(model, path))
     }
     for target, source in model.all_tied_weights_keys.items():
-        if source == f"{primary}.weight":
+        # transformers names a tie whatever the config says; a head with a weight of its own has none.
+        if source == f"{primary}.weight" and not _has(saved, target):
             path = target.rpartition(".")[0]
             others.setdefault(path, "head" if path == _head_path(model) else "embedding")
     splice(model, [primary, *others], [record.roles[0], *others.values()], hard)
@@ -235,6 +236,12 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
     model._keys_to_ignore_on_load_unexpected = (
         set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
     )
+
+
+def _has(saved: dict[str, tuple[int, ...]], name: str) -> bool:
+    """Whether a file holds a tensor; its names may lack the base model's prefix, or have one."""
+    full = {f".{key}" for key, shape in saved.items() if shape != (0,)}
+    return any(key.endswith(f".{name}") or f".{name}".endswith(key) for key in full)
 
 
 def _head_path(model: PreTrainedModel) -> str | None:
