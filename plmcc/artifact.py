@@ -107,11 +107,15 @@ class PlmccQuantizationConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model: the format version and the rewritten
     modules."""
 
-    def __init__(self, modules: list[dict[str, Any]], format: int = FORMAT, **extra: Any) -> None:
+    def __init__(
+        self, modules: list[dict[str, Any]] | None = None, format: int = FORMAT, **extra: Any
+    ) -> None:
         if format != FORMAT:
             message = f"the artifact has format {format}, this plmcc reads {FORMAT}"
             raise error("PLM402", message, "config.json", cure="install the plmcc that wrote it")
         self.quant_method = METHOD  # type: ignore[assignment]
+        if not isinstance(modules, list):
+            raise error("PLM402", "the list of rewritten modules is malformed", "config.json")
         self.format = format
         self.modules = modules
 

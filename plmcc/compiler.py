@@ -27,6 +27,7 @@ from plmcc.train import Lesson, train
 from plmcc.verify import check_cache, outputs
 
 Say = Callable[[str], None]
+_EVALUATED = 256  # tokens of a text that evaluation reads
 _HARDEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -215,9 +216,8 @@ def _figures(
     what: str,
 ) -> list[float]:
     say(f"evaluating {what}")
-    evaluator = Evaluator(
-        source.model, source.need_tokenizer("evaluation"), source.pooling, original
-    )
+    tokenizer, length = source.need_tokenizer("evaluation"), source.max_length(_EVALUATED)
+    evaluator = Evaluator(source.model, tokenizer, source.pooling, original, length)
     asked: list[tuple[Evaluate, Rows]] = list(zip(recipe.evaluate, rows, strict=True))
     return [evaluator.compute(figure.metric, table) for figure, table in asked]
 

@@ -95,6 +95,9 @@ def load_rows(
             there.
     """
     name = source if isinstance(source, str) else ", ".join(source)
+    if name == SYNTHETIC:
+        message = "there are no synthetic rows to evaluate on: they have no text and no labels"
+        raise error("PLM301", message, name, cure="name a file")
     table = _from_hub(name) if name.startswith("hub:") else _from_files(source, base)
     if len(table) == 0:
         raise error("PLM301", "there are no rows", name)

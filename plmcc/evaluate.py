@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plmcc.data import Rows, check_class_labels
 from plmcc.diagnostics import error
-from plmcc.tasks import Pooling, classes_of, last_states
+from plmcc.tasks import Pooling, classes_of, last_states, padding
 
 _BATCH = 64
 _CLASSES: dict[str, Callable[[list[int], list[int]], float]] = {
@@ -43,13 +43,9 @@ class Evaluator:
         original: PreTrainedModel | None = None,
         max_length: int = 128,
     ) -> None:
-        self.model, self.tokenizer, self.pooling, self.original = (
-            model.eval(),
-            tokenizer,
-            pooling,
-            original,
-        )
-        self.max_length = min(max_length, tokenizer.model_max_length)
+        self.model, self.tokenizer = model.eval(), padding(tokenizer)
+        self.pooling, self.original = pooling, original
+        self.max_length = max_length
 
     @torch.no_grad()
     def compute(self, metric: str, rows: Rows) -> float:
@@ -83,8 +79,6 @@ class Evaluator:
             part = order[start : start + _BATCH]
             columns = [[column[i] for i in part] for column in texts]
             options = {"padding": True, "truncation": True, "max_length": self.max_length}
-            if self.tokenizer.pad_token is None:
-                self.tokenizer.pad_token = self.tokenizer.eos_token
             batch = self.tokenizer(*columns, return_tensors="pt", **options)
             yield part, dict(batch.to(self.model.device))
 

@@ -192,7 +192,6 @@ def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.equal(mine, theirs)
 
 
-
 def _place(module: nn.Module, target: str, value: Any, training: bool) -> None:
     *parents, name = target.split(".")
     for parent in parents:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from plmcc.data import SYNTHETIC, Rows, load_rows, synthetic_rows
+from plmcc.diagnostics import error
 from plmcc.recipe import Data, Recipe, Stage, Synthetic, Train
 from plmcc.source import Source, load_source
 from plmcc.tasks import classes_of, collator, encode
@@ -32,6 +33,7 @@ def with_teacher(lesson: Lesson, settings: Train, original: PreTrainedModel | No
 def lesson_of(stage: Stage, recipe: Recipe, source: Source, base: Path | None) -> Lesson:
     """Read and encode a stage's data; wrong data ends here, before anything is fitted."""
     assert stage.train is not None
+    _check_architecture(source, "train")
     data = stage.train.data
     collate = collator(source.task, source.tokenizer)
     options = {"pooling": source.pooling, "seed": recipe.seed}
@@ -49,7 +51,15 @@ def _encoded(data: Data, names: str | list[str], source: Source, base: Path | No
     tokenizer = source.need_tokenizer("training on text")
     rows = load_rows(names, data.text, data.label, data.limit, base)
     classes = classes_of(source.model) if source.task == "text-classification" else 0
-    return encode(rows, source.task, tokenizer, data.max_length, classes)
+    return encode(rows, source.task, tokenizer, source.max_length(data.max_length), classes)
+
+
+def _check_architecture(source: Source, key: str) -> None:
+    if source.model.config.is_encoder_decoder:
+        message = "encoder-decoder models can be rewritten, but not yet trained or evaluated"
+        raise error(
+            "PLM303", message, key, given=type(source.model).__name__, cure=f"remove `{key}`"
+        )
 
 
 def classes_shown(recipe: Recipe, base: Path | None) -> int | None:
@@ -72,6 +82,7 @@ def classes_shown(recipe: Recipe, base: Path | None) -> int | None:
 def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[Rows]:
     """Read the rows of every figure; wrong data ends here, before anything is fitted."""
     if recipe.evaluate:
+        _check_architecture(source, "evaluate")
         source.need_tokenizer("evaluation")
     return [
         load_rows(asked.data, asked.text, asked.label, asked.limit, base)

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from plmcc.diagnostics import error
 from plmcc.recipe import Recipe
 from plmcc.report import write_documents
@@ -82,4 +84,8 @@ def save(source: Source, result: Result, folder: Path) -> None:
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
+    model: torch.nn.Module = result.model
+    device = result.model.device
+    model.to("cpu")  # where the fresh process will compute them
     record(result.model, folder)
+    model.to(device)

@@ -59,11 +59,13 @@ def check_file(folder: Path, expected: dict[str, int]) -> None:
         raise error("PLM402", "the weight file does not hold the model", str(folder), given=given)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    # transformers does not write what the model computes by itself, such as sinusoidal positions.
+    unwritten = set(model._keys_to_ignore_on_save or ())
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in seen:
+        if id(value) not in seen and name not in unwritten:
             seen.add(id(value))
             found[name] = value
     return found

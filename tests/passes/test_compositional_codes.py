@@ -471,7 +471,7 @@ def test_tables_of_lower_precision(dtype: torch.dtype, initialisation: str) -> N
         codebooks=4,
         codewords=8,
         epochs=2,
-        initialisation=initialisation,  # type: ignore[arg-type]
+        initialisation=initialisation,
     )
     half = chosen.replace(site(toy().to(dtype)))
     single = chosen.replace(site(toy().to(dtype).float()))
@@ -543,7 +543,7 @@ def test_fitting_leaves_the_random_state_alone(initialisation: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_table_that_is_not_finite_is_refused_by_name(value: float) -> None:
     model = tiny("bert")
-    model.get_input_embeddings().weight.data[3, 2] = value  # type: ignore[union-attr, operator]
+    model.get_input_embeddings().weight.data[3, 2] = value
     found = refused(model, CompositionalCodes(**OPTIONS))
     assert found.code == "PLM203"
     assert "not finite" in found.message
