@@ -139,9 +139,6 @@ class PlmccQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         for record in self.quantization_config.records():
             install(model, record, _tensors(files))
-        for part in model.modules():  # a class of transformers reads its own config, unmarked
-            if isinstance(part, PreTrainedModel):
-                mark(part.config)
         return model
 
     def _process_model_after_weight_loading(

@@ -25,7 +25,7 @@ def _row(name: str) -> dict[str, Any]:
         doc = inspect.getdoc(catalog.options(name)) or ""
     except PlmccError as problem:
         return {"name": name, "origin": origins, "error": problem.diagnostics[0].message}
-    return {"name": name, "origin": origins, "doc": doc.split("\n")[0]}
+    return {"name": name, "origin": origins, "doc": _flowing(doc).split("\n")[0]}
 
 
 def details(name: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def details(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "origin": catalog.entry(name).origin,
-        "doc": inspect.getdoc(kind) or "",
+        "doc": _flowing(inspect.getdoc(kind) or ""),
         "paper": kind.paper,
         "preserves": kind.preserves,
         "tolerance": kind.tolerance,
@@ -54,7 +54,7 @@ def details(name: str) -> dict[str, Any]:
 def _option(name: str, schema: dict[str, Any], required: bool) -> dict[str, Any]:
     found = {"name": name, "type": _type(schema), "required": required}
     found |= {} if required else {"default": schema.get("default")}
-    return found | {"range": _range(schema), "description": schema.get("description", "")}
+    return found | {"range": _range(schema), "description": _flowing(schema.get("description", ""))}
 
 
 def _type(schema: dict[str, Any]) -> str:
@@ -113,3 +113,8 @@ def print_details(found: dict[str, Any]) -> None:
 def _scalar(value: Any) -> str:
     words = {None: "null", True: "true", False: "false", "": '""'}
     return words[value] if value is None or isinstance(value, bool) or value == "" else str(value)
+
+
+def _flowing(text: str) -> str:
+    """Join the lines of each paragraph: the terminal wraps them to its own width."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))

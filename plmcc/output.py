@@ -59,9 +59,7 @@ def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
         check_file(draft, result.bytes_after)
         result.seconds["verified_difference"] = in_fresh_process(draft)
         write_documents(recipe, source, result, draft)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
+        _put(draft, target)
     except OSError as problem:
         raise error(
             "PLM501", f"the artifact cannot be written: {problem.strerror or problem}", str(target)
@@ -69,6 +67,15 @@ def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     result.folder = target
+
+
+def _put(draft: Path, target: Path) -> None:
+    """Rename; an earlier result is moved aside first, so that one of the two is there always."""
+    aside = draft.with_name(f"{draft.name}-replaced")
+    if target.exists():
+        target.rename(aside)
+    draft.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def save(source: Source, result: Result, folder: Path) -> None:

@@ -137,7 +137,10 @@ def _config(name: str | Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, HFValidationError, KeyError) as problem:
-        cure = "name a directory with config.json and weights, or a hub id"
+        here = [path.name for path in Path().iterdir() if path.is_dir()]
+        cure = did_you_mean(
+            name, here, "name a directory with config.json and weights, or a hub id"
+        )
         raise error("PLM401", f"this is no model: {_line(problem)}", str(name), cure=cure) from None
     return config
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -26,7 +25,8 @@ from transformers import (
 
 from plmcc.api import Objective
 from plmcc.diagnostics import error
-from plmcc.recipe import Distill, Train
+from plmcc.distill import Distillation
+from plmcc.recipe import Train
 from plmcc.rewrite import Replacement
 from plmcc.tasks import Pooling, last_states, similarity_loss
 
@@ -56,11 +56,10 @@ def train(
     """
     _check_purpose(settings, lesson)
     _check_dropout(settings)
-    distill = (
-        _Distillation(model, lesson, settings.distill)
-        if settings.distill and lesson.teacher
-        else None
-    )
+    distill = None
+    if settings.distill and lesson.teacher is not None:
+        chosen = (settings.distill, lesson.pooling, lesson.task)
+        distill = Distillation(model, lesson.teacher, *chosen)
     objectives = [done.objective for done in replacements if done.objective is not None]
     folder = tempfile.mkdtemp(prefix="plmcc-train-")
     try:
@@ -187,7 +186,7 @@ class _Trainer(Trainer):
         self,
         settings: Train,
         lesson: Lesson,
-        distill: _Distillation | None,
+        distill: Distillation | None,
         objectives: Sequence[Objective],
     ) -> None:
         """Hand over what the constructor of Trainer has no place for."""
@@ -249,98 +248,3 @@ class _Trainer(Trainer):
             optimizer.add_param_group({"weight_decay": 0.0, **group})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
-
-
-class _Distillation:
-    """The teacher's part of the loss: logits with temperature, hidden states of mapped layers,
-    pooled output."""
-
-    def __init__(self, model: PreTrainedModel, lesson: Lesson, settings: Distill) -> None:
-        assert lesson.teacher is not None
-        self.teacher, self.pooling, self.settings = lesson.teacher.eval(), lesson.pooling, settings
-        states = bool(settings.hidden_states or settings.pooled)
-        self.needs: dict[str, Any] = {"output_hidden_states": True} if states else {}
-        self.task_weight = 1.0 if settings.task is None else settings.task
-        self.layers = self._layer_map(model) if settings.hidden_states else {}
-        if settings.logits and lesson.task in ("sentence-similarity", "feature-extraction"):
-            raise error("PLM303", f"{lesson.task} has no logits", "train.distill.logits",
-                        cure="use `pooled` and `hidden_states`")  # fmt: skip
-
-    def _layer_map(self, model: PreTrainedModel) -> dict[int, int]:
-        """Student state -> teacher state; state 0 is the embedding output, as in
-        `output_hidden_states`."""
-        mine, theirs = _depth(model), _depth(self.teacher)
-        chosen = self.settings.layers
-        if chosen is None and theirs % mine:
-            cure = "write `layers: {student: teacher, ...}`"
-            message = f"{mine} layers cannot follow {theirs} layers evenly"
-            raise error("PLM303", message, "train.distill.layers", cure=cure)
-        mapping = (
-            dict(chosen)
-            if chosen is not None
-            else {i: i * (theirs // mine) for i in range(mine + 1)}
-        )
-        for student, teacher in mapping.items():
-            if student > mine or teacher > theirs:
-                allowed = f"student 0 to {mine}, teacher 0 to {theirs}"
-                raise error("PLM303", "the map names a missing layer", "train.distill.layers",
-                            given=f"{student}: {teacher}", allowed=allowed)  # fmt: skip
-        sizes = [part.config.get_text_config().hidden_size for part in (model, self.teacher)]
-        if sizes[0] != sizes[1]:
-            message = "hidden states can only be compared when they have one size"
-            raise error(
-                "PLM303", message, "train.distill.hidden_states", given=f"{sizes[0]} and {sizes[1]}"
-            )
-        return mapping
-
-    @torch.no_grad()
-    def teach(self, batch: dict[str, Tensor]) -> Any:
-        """Return the teacher's output for a batch."""
-        self.teacher.to(batch["input_ids"].device)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return self.teacher(**inputs, **self.needs)
-
-    def loss(self, batch: dict[str, Tensor], output: Any, teacher: Any) -> Tensor:
-        """Return the weighted sum of the terms."""
-        mask_BL = batch["attention_mask"]
-        total = torch.zeros((), device=mask_BL.device)
-        if self.settings.logits:
-            total = total + self.settings.logits * self._logits(
-                output["logits"], teacher["logits"], mask_BL
-            )
-        if self.settings.hidden_states:
-            pairs = [
-                (output["hidden_states"][s], teacher["hidden_states"][t])
-                for s, t in self.layers.items()
-            ]
-            term = sum(relative_error(s, t, mask_BL) for s, t in pairs) / len(pairs)
-            total = total + self.settings.hidden_states * term
-        if self.settings.pooled:
-            student, goal = (self.pooling(last_states(o), mask_BL) for o in (output, teacher))
-            total = total + self.settings.pooled * (1 - (student * goal).sum(-1)).mean()
-        return total
-
-    def _logits(self, student: Tensor, teacher: Tensor, mask_BL: Tensor) -> Tensor:
-        """KL(teacher || student) at temperature T, times T² (Hinton, Vinyals and Dean, 2015)."""
-        if student.shape != teacher.shape:
-            given = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-            raise error(
-                "PLM303", "student and teacher have different logits", "train.distill", given=given
-            )
-        warm = self.settings.temperature
-        log_s, log_t = (F.log_softmax(x.float() / warm, -1) for x in (student, teacher))
-        divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
-        if divergence.dim() == 2:
-            return (divergence * mask_BL).sum() / mask_BL.sum() * warm**2
-        return divergence.mean() * warm**2
-
-
-def relative_error(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """||s - t||² / ||t||² over the real tokens: comparable between layers of different scale."""
-    mask_BL1 = mask_BL[..., None]
-    difference = ((student_BLD.float() - teacher_BLD.float()).square() * mask_BL1).sum()
-    return difference / (teacher_BLD.float().square() * mask_BL1).sum().clamp(min=1e-12)
-
-
-def _depth(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().num_hidden_layers)

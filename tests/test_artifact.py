@@ -352,7 +352,8 @@ def test_a_config_reads_as_its_base(artifact: Path) -> None:
 def test_other_heads_on_the_same_artifact(artifact: Path, tmp_path: Path, kind: str) -> None:
     whole, other = plmcc.load(artifact), getattr(transformers, kind).from_pretrained(artifact)
     with torch.no_grad():
-        one, two = (m.bert(**inputs("bert")).last_hidden_state for m in (whole, other))
+        models: list[Any] = [whole, other]
+        one, two = (m.bert(**inputs("bert")).last_hidden_state for m in models)
     assert torch.equal(one, two)
     other.save_pretrained(tmp_path)
     assert same(plmcc.load(tmp_path), other)
@@ -368,7 +369,7 @@ def test_other_heads_on_the_same_artifact(artifact: Path, tmp_path: Path, kind: 
     ],
 )
 def test_a_base_artifact_under_a_head_is_tied(tmp_path: Path, name: str, auto: str) -> None:
-    base = compressed(name).base_model
+    base: Any = compressed(name).base_model
     base.save_pretrained(tmp_path)
     model = getattr(transformers, auto).from_pretrained(tmp_path)
     head = model.get_output_embeddings()

@@ -208,8 +208,8 @@ def tokens(case: Case, model: PreTrainedModel, **options: Any) -> Tensor:
 
 
 def reloaded(written: Written, kind: Any = None) -> PreTrainedModel:
-    loader = kind or type(written.model)
-    loaded = loader.from_pretrained(
+    loader: Any = kind or type(written.model)
+    loaded: Any = loader.from_pretrained(
         written.folder, dtype=written.case.dtype, attn_implementation="eager"
     )
     placed: PreTrainedModel = loaded.to(written.case.device)
@@ -309,7 +309,7 @@ def test_targets_that_name_nothing_are_an_error(name: str) -> None:
 def test_another_count_than_expected_is_an_error(name: str) -> None:
     chosen = small(name).model_copy(update={"expect": 77})
     with pytest.raises(PlmccError, match="expected 77"):
-        rewrite.match(tiny("bert"), [chosen])
+        rewrite.match(fitting(name).original(), [chosen])
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.device == "cpu"], ids=str)

@@ -27,7 +27,8 @@ from plmcc.passes.compositional_codes import CodebookRate, CompositionalCodes
 from plmcc.recipe import Synthetic
 from plmcc.rewrite import Replacement
 from plmcc.tasks import Pooling, collator, encode
-from plmcc.train import Lesson, relative_error, train
+from plmcc.distill import relative_error
+from plmcc.train import Lesson, train
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.filterwarnings(
@@ -202,6 +203,20 @@ def test_logits_are_compared_at_a_temperature(temperature: float) -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_logits_of_tokens_leave_padding_out(temperature: float) -> None:
+    model, teacher = tiny("gpt2"), tiny("gpt2")
+    teacher.get_submodule("transformer.ln_f").weight.data.mul_(2)  # type: ignore[operator]
+    given = lesson("text-generation", teacher=teacher)
+    batch = batch_of(given)
+    with torch.no_grad():
+        q, p = ((m(**batch).logits / temperature).softmax(-1) for m in (model, teacher))
+    divergence = (p * (p / q).log()).sum(-1)[batch["attention_mask"].bool()].mean()
+    distill = Distill(logits=1.0, temperature=temperature, task=0.0)
+    found = first_loss(distill, model, given)
+    assert found == pytest.approx(float(divergence) * temperature**2, rel=1e-3)
+
+
 def test_a_model_follows_itself_without_loss() -> None:
     distill = Distill(hidden_states=1.0, pooled=1.0)
     given = lesson("feature-extraction", teacher=encoder())
@@ -329,19 +344,28 @@ def test_the_seed_decides() -> None:
     assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
 
 
-def test_accumulated_steps_are_averaged() -> None:
+@pytest.mark.parametrize("labelled", [True, False])
+def test_accumulated_steps_are_averaged(labelled: bool) -> None:
+    teacher = classifier()
+    teacher.get_submodule("classifier").weight.data.mul_(-20)  # type: ignore[operator]
+    rows = synthetic_rows(Synthetic(sequences=16, length=6), VOCAB, words(), 0)
+    if labelled:
+        rows = rows.add_column("labels", [row % 2 for row in range(16)])
+
     def trained(**arguments: int) -> PreTrainedModel:
-        model = encoder()
-        rows = synthetic_rows(Synthetic(sequences=16, length=6), VOCAB, words(), 0)
-        given = lesson("feature-extraction", rows, teacher=encoder(num_hidden_layers=4))
-        sgd = {"max_steps": 3, "optim": "sgd", "learning_rate": 1.0}
-        train(model, settings(distill=Distill(pooled=1.0), arguments=sgd | arguments), given, [])
+        model = classifier()
+        given = lesson("text-classification", rows, teacher=teacher)
+        sgd = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.3}
+        train(model, settings(distill=Distill(logits=1.0), arguments=sgd | arguments), given, [])
         return model
 
     whole = trained(per_device_train_batch_size=8)
     parts = trained(per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    start = dict(encoder().named_parameters())
-    assert any(not torch.equal(value, start[n]) for n, value in whole.named_parameters())
+    start = dict(classifier().named_parameters())
+    moved = [
+        float((value - start[n]).detach().abs().max()) for n, value in whole.named_parameters()
+    ]
+    assert max(moved) > 1e-2
     for one, two in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
 
