@@ -12,7 +12,6 @@ Shapes: V rows, D dimensions, M codebooks, K codewords, B packed bytes, N tokens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
+from plmcc.passes._autoencoder import CodeAutoencoder, fit_autoencoder
 from plmcc.passes._bits import bits_for, pack, row_bytes, unpack
 from plmcc.passes._residual import decode, residual_quantise
 from plmcc.program import Program
@@ -244,50 +244,6 @@ class CodedEmbedding(Hard):
         return codes + 32 * self.num_codebooks * self.codewords * self.embedding_dim
 
 
-class CodeAutoencoder(nn.Module):
-    """The paper's encoder and decoder: h = tanh(θᵀE + b), α = softplus(θ'ᵀh + b'), one-hot by
-    Gumbel-softmax.
-
-    The hidden width is M·K/2. Logits are log(α + 1e-8) as in the official code, so that without
-    temperature P(code = k) = α_k / Σ α. Kernels and codebooks start from U(-0.01, 0.01), biases
-    from 0.
-    """
-
-    def __init__(self, dims: int, codebooks: int, codewords: int, temperature: float = 1.0) -> None:
-        super().__init__()
-        size = codebooks * codewords
-        self.hidden = nn.Linear(dims, max(1, size // 2))
-        self.logit = nn.Linear(max(1, size // 2), size)
-        self.codebooks = nn.Parameter(torch.empty(size, dims))
-        self.shape, self.temperature = (codebooks, codewords), temperature
-        for kernel in (self.hidden.weight, self.logit.weight, self.codebooks):
-            nn.init.uniform_(kernel, -0.01, 0.01)
-        for bias in (self.hidden.bias, self.logit.bias):
-            nn.init.zeros_(bias)
-
-    def logits(self, rows_ND: Tensor) -> Tensor:
-        """log α of each codeword (N, M, K)."""
-        alpha_NP = F.softplus(self.logit(torch.tanh(self.hidden(rows_ND))))
-        return torch.log(alpha_NP + 1e-8).view(-1, *self.shape)
-
-    def sample(self, logits_NMK: Tensor) -> Tensor:
-        """Soft one-hot codes (N, M, K): softmax((log α + G)/τ), G = -log(-log U)."""
-        uniform = torch.rand_like(logits_NMK)
-        gumbel = -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
-        return torch.softmax((logits_NMK + gumbel) / self.temperature, -1)
-
-    def loss(self, rows_ND: Tensor) -> Tensor:
-        """Mean over words of ½ Σ_d (ŷ - x)², with sampled soft codes."""
-        codes_NMK = self.sample(self.logits(rows_ND))
-        return 0.5 * (codes_NMK.flatten(1) @ self.codebooks - rows_ND).square().sum(-1).mean()
-
-    def export(self, rows_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (V, M) by argmax without noise, and codebooks (M, K, D)."""
-        with torch.no_grad():
-            codes = [self.logits(chunk.float()).argmax(-1) for chunk in rows_VD.split(8192)]
-        return torch.cat(codes), self.codebooks.detach().view(*self.shape, -1)
-
-
 def _fit_residual(
     options: CompositionalCodes, table_VD: Tensor, progress: Progress
 ) -> tuple[Tensor, Tensor]:
@@ -314,29 +270,6 @@ def _fit_paper(
         ).to(table_VD.device)
         fit_autoencoder(model, table_VD, options, progress)
     return model.export(table_VD)
-
-
-def fit_autoencoder(
-    model: CodeAutoencoder, table_VD: Tensor, options: CompositionalCodes, progress: Progress
-) -> float:
-    """Train in place, keep the state of the best validation loss (640 words, with noise); return
-    that loss."""
-    optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-    held_out = table_VD[torch.randperm(len(table_VD))[:640]].float()
-    best, state = math.inf, model.state_dict()
-    for epoch in range(options.epochs):
-        for ids in torch.randperm(len(table_VD)).split(options.batch_size):
-            optimiser.zero_grad()
-            model.loss(table_VD[ids].float()).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
-            optimiser.step()
-        with torch.no_grad():
-            valid = float(model.loss(held_out))
-        if valid <= 0.999 * best:
-            best, state = valid, {name: value.clone() for name, value in model.state_dict().items()}
-        progress.step(f"autoencoder, loss {valid:.4g}", (epoch + 1) / options.epochs)
-    model.load_state_dict(state)
-    return best
 
 
 def _padding_is_zero(table_VD: Tensor, padding_idx: int | None) -> bool:

@@ -36,7 +36,7 @@ class Optimum(Pass):
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the layers that the transformation would change."""
         chosen = transformation_named(self.transformation)
-        for found in program.resolve(self.targets, "layer"):
+        for found in program.resolve(self.targets, "layer", self.expect):
             layer = found if isinstance(found, Miss) else program.layer(found.path)
             if isinstance(layer, Miss):
                 yield layer

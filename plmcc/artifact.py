@@ -223,7 +223,7 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
         if (p := _locate(model, path))
     }
     for target, source in model.all_tied_weights_keys.items():
-        # transformers names a tie whatever the config says; a head with a weight of its own has none.
+        # transformers names a tie whatever the config says; a head of its own has a weight.
         if source == f"{primary}.weight" and not _has(saved, target):
             path = target.rpartition(".")[0]
             others.setdefault(path, "head" if path == _head_path(model) else "embedding")

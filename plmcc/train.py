@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from plmcc.api import Objective
-from plmcc.diagnostics import error
+from plmcc.diagnostics import PlmccError, error
 from plmcc.distill import Distillation
 from plmcc.recipe import Train
 from plmcc.rewrite import Replacement
@@ -63,24 +63,54 @@ def train(
     objectives = [done.objective for done in replacements if done.objective is not None]
     folder = tempfile.mkdtemp(prefix="plmcc-train-")
     try:
-        with _trainable(model, settings, replacements):
-            trainer = _Trainer(
-                model=model,
-                args=_arguments(settings, lesson, folder),
-                train_dataset=lesson.train,
-                eval_dataset=lesson.eval,
-                data_collator=lesson.collate,
-                callbacks=[_Clock(objectives)],
-            )
+        with _trainable(model, settings, replacements), _forward_kept(model):
+            trainer = _made(model, settings, lesson, folder, [_Clock(objectives)])
             trainer.setup(settings, lesson, distill, objectives)
             trainer.train()
-            # Mixed precision wraps `model.forward`; left there, the model would go on computing in
-            # bfloat16.
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     model.eval()
     return list(trainer.state.log_history)
+
+
+def _made(
+    model: PreTrainedModel,
+    settings: Train,
+    lesson: Lesson,
+    folder: str,
+    callbacks: list[TrainerCallback],
+) -> _Trainer:
+    arguments = _arguments(settings, lesson, folder)
+    try:
+        return _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=lesson.train,
+            eval_dataset=lesson.eval,
+            data_collator=lesson.collate,
+            callbacks=callbacks,
+        )
+    except (ValueError, TypeError, ImportError) as problem:
+        raise _refused(problem) from None
+
+
+def _refused(problem: Exception) -> PlmccError:
+    message = f"the trainer refuses its arguments: {problem}"
+    return error("PLM303", message, "train.arguments")
+
+
+@contextmanager
+def _forward_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Mixed precision replaces `model.forward` on the instance; left there, the model would go on
+    computing in bfloat16. (accelerate's own way back strips transformers' decorators too.)"""
+    names = ("forward", "_original_forward")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def _check_purpose(settings: Train, lesson: Lesson) -> None:
@@ -127,9 +157,7 @@ def _arguments(settings: Train, lesson: Lesson, folder: str) -> TrainingArgument
             **_without_seed(chosen),
         )
     except (ValueError, TypeError, ImportError) as problem:
-        raise error(
-            "PLM303", f"the trainer refuses its arguments: {problem}", "train.arguments"
-        ) from None
+        raise _refused(problem) from None
 
 
 def _without_seed(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -153,9 +181,11 @@ def _trainable(
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    yield
-    for parameter in frozen:
-        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 class _Clock(TrainerCallback):
@@ -199,6 +229,9 @@ class _Trainer(Trainer):
         # The loss is computed here, so gradients of accumulated steps have to be averaged by the
         # Trainer.
         self.model_accepts_loss_kwargs = False
+        # Distillation has a loss without labels; evaluation asks for it only if told so.
+        self.label_names: list[str] = []
+        self.can_return_loss = True
 
     def compute_loss(
         self,
@@ -224,7 +257,7 @@ class _Trainer(Trainer):
             loss = loss if extra is None else loss + extra
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
-            message = f"the loss is {float(loss)} at step {step}"
+            message = f"the loss is {float(loss.detach())} at step {step}"
             cure = "lower `learning_rate`, or look for broken rows near this step"
             raise error("PLM303", message, "train", cure=cure)
         return (loss, output) if return_outputs else loss

@@ -614,9 +614,10 @@ def check_compiled(case: Case, model: PreTrainedModel, site: Site, backend: str)
     torch.compiler.reset()
     with torch.no_grad():
         for function, arguments, options in calls:
-            compiled = torch.compile(function, fullgraph=True, backend=backend)
+            compiled: Any = torch.compile(function, fullgraph=True, backend=backend)
             expected = function(*arguments, **options)
-            torch.testing.assert_close(compiled(*arguments, **options), expected)
+            made: Any = compiled(*arguments, **options)
+            torch.testing.assert_close(made, expected)
 
 
 # --- fresh processes

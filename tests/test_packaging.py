@@ -40,7 +40,8 @@ def test_an_installed_wheel_runs_and_passes_have_one_name(wheel: Path, tmp_path:
         "import plmcc, plmcc.catalog as catalog\n"
         f"assert plmcc.__file__.startswith({str(tmp_path)!r}), plmcc.__file__\n"
         "assert 'compositional_codes' in catalog.names()\n"
-        "assert catalog.load('compositional_codes').__module__ == 'plmcc.passes.compositional_codes'\n"
+        "found = catalog.load('compositional_codes')\n"
+        "assert found.__module__ == 'plmcc.passes.compositional_codes'\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True

@@ -23,11 +23,11 @@ from words import words
 from plmcc import Data, Distill, PlmccError, Train, rewrite
 from plmcc.api import Objective
 from plmcc.data import load_rows, synthetic_rows
+from plmcc.distill import relative_error
 from plmcc.passes.compositional_codes import CodebookRate, CompositionalCodes
 from plmcc.recipe import Synthetic
 from plmcc.rewrite import Replacement
 from plmcc.tasks import Pooling, collator, encode
-from plmcc.distill import relative_error
 from plmcc.train import Lesson, train
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -24,15 +24,14 @@ from torch.nn import functional as F
 from plmcc import Pipeline, rewrite
 from plmcc.api import Site
 from plmcc.diagnostics import PlmccError
+from plmcc.passes._autoencoder import CodeAutoencoder, fit_autoencoder
 from plmcc.passes._bits import bits_for, pack, row_bytes, unpack
 from plmcc.passes._residual import decode, encode, residual_quantise
 from plmcc.passes.compositional_codes import (
-    CodeAutoencoder,
     CodebookRate,
     CodedEmbedding,
     CompositionalCodes,
     SoftCodes,
-    fit_autoencoder,
 )
 from plmcc.progress import Progress
 from plmcc.size import module_bytes
