@@ -159,7 +159,7 @@ class PlmccQuantizer(HfQuantizer):
             path = _locate(model, record.paths[0])
             for name in record.removed if path is not None else ():
                 state[f"{path}.{name}"] = torch.empty(0, dtype=model.dtype)
-        return state, {"plmcc": str(FORMAT)}
+        return state, {}
 
     def is_serializable(self) -> bool:
         """A compressed model can be saved."""

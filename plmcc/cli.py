@@ -146,6 +146,7 @@ def main() -> None:
     except OSError as problem:
         _fail(f"{problem.filename or 'plmcc'}: error PLM501: {problem.strerror or problem}")
     except KeyboardInterrupt:
+        typer.echo("stopped; nothing was written", err=True)
         sys.exit(130)
 
 

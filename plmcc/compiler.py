@@ -18,7 +18,7 @@ from plmcc.data import Rows
 from plmcc.diagnostics import error
 from plmcc.evaluate import Evaluator
 from plmcc.lessons import classes_shown, evaluation_rows, lesson_of, with_teacher
-from plmcc.output import free, write
+from plmcc.output import free, outside, write
 from plmcc.probes import probe_inputs
 from plmcc.recipe import Evaluate, Recipe, Stage, Train
 from plmcc.size import component_bytes
@@ -46,6 +46,8 @@ class Result:
     latency: list[Latency] = field(default_factory=list)
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    reload_difference: float = 0.0
+    """Largest difference of the probe outputs after reloading, relative to their scale."""
     folder: Path | None = None
 
 
@@ -99,6 +101,8 @@ def apply(
     """
     target = free(Path(output), overwrite) if output is not None else None
     name = model or recipe.model
+    if target is not None and isinstance(name, (str, Path)):
+        outside(target, Path(name))
     if name is None:
         cure = "add MODEL to the command line, or `model:` to the recipe"
         raise error("PLM502", "no model is named", f"recipe {recipe.name}", cure=cure)
@@ -122,14 +126,19 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     result = Result(model, bytes_before=component_bytes(model))
     rows = evaluation_rows(recipe, source, base)
     taught = [stage for stage in recipe.steps() if stage.train]
-    lessons = {stage.name: lesson_of(stage, recipe, source, base) for stage in taught}
+    drafts = [(stage, lesson_of(stage, recipe, source, base)) for stage in taught]
     matched = _matched(recipe, model, 0)
     _announce(recipe, source, matched, say)
     original = source.original() if _needs_original(recipe) else None
+    lessons = {
+        stage.name: with_teacher(lesson, stage.train, original, source)
+        for stage, lesson in drafts
+        if stage.train
+    }
     before = _figures(recipe, source, rows, original, say, "the original") if rows else []
     for index, stage in enumerate(recipe.steps()):
         matched = matched if index == 0 else _matched(recipe, model, index)
-        _stage(stage, matched, lessons.get(stage.name), original, result, say)
+        _stage(stage, matched, lessons.get(stage.name), result, say)
     artifact.adopt(model, result.records)
     result.bytes_after = component_bytes(model, [item.paths[0] for item in result.records])
     after = _figures(recipe, source, rows, original, say, "the result") if rows else []
@@ -160,9 +169,8 @@ def _matched(recipe: Recipe, model: PreTrainedModel, stage: int) -> rewrite.Matc
 
 
 def _stage(
-    stage: Stage, matched: rewrite.Matched, lesson: Lesson | None, original: PreTrainedModel | None,
-    result: Result, say: Say,
-) -> None:  # fmt: skip
+    stage: Stage, matched: rewrite.Matched, lesson: Lesson | None, result: Result, say: Say
+) -> None:
     """Replace, train, harden."""
     model = result.model
     say(f"stage {stage.name}: rewriting {len(matched.sites)} site(s)")
@@ -177,8 +185,7 @@ def _stage(
     settings = stage.train
     if settings is not None and lesson is not None:
         say(f"stage {stage.name}: training on {len(lesson.train)} rows")
-        taught = with_teacher(lesson, settings, original)
-        log = _timed(lambda: train(model, settings, taught, done), f"{stage.name}.train", result)
+        log = _timed(lambda: train(model, settings, lesson, done), f"{stage.name}.train", result)
         result.training[stage.name] = log
     model.eval()
     soft = outputs(model, inputs)["output"]
@@ -226,6 +233,8 @@ def _announce(recipe: Recipe, source: Source, matched: rewrite.Matched, say: Say
     say(
         f"recipe {recipe.name} on {source.name} ({type(source.model).__name__}, task {source.task})"
     )
+    for note in source.notes:
+        say(f"  note: {note}")
     for stage in recipe.steps():
         trained = f"{stage.train.data.train}" if stage.train else "no training"
         say(f"  stage {stage.name}: {', '.join(type(p).__name__ for p in stage.passes)}; {trained}")

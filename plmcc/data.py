@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import glob
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Rows:
     text: tuple[str, ...]
     label: str | None
     source: str
+    skipped: int = 0
+    """Rows left out because a text is missing."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -103,14 +105,14 @@ def load_rows(
         raise error("PLM301", "there are no rows", name)
     columns = _text_columns(table, text, name)
     found_label = _label_column(table, label, name)
-    table = table.filter(
-        lambda row: all(isinstance(row[c], str) and row[c].strip() for c in columns)
-    )
+    _check_text(table, columns, name)
+    count = len(table)
+    table = table.filter(lambda row: all((row[c] or "").strip() for c in columns))
+    skipped = count - len(table)
     if len(table) == 0:
         raise error("PLM301", f"every row is empty in {' and '.join(columns)}", name)
-    return Rows(
-        table.select(range(min(limit or len(table), len(table)))), columns, found_label, name
-    )
+    table = table.select(range(min(limit or len(table), len(table))))
+    return Rows(table, columns, found_label, name, skipped)
 
 
 def data_files(source: str | Sequence[str], base: Path | None = None) -> list[Path]:
@@ -233,6 +235,8 @@ def _read(suffix: str, files: list[Path]) -> Dataset:
         return load_dataset(_BUILDERS[suffix], data_files=paths, split="train", **options)
     except Exception as problem:  # as above
         reason = problem.__cause__ or problem
+        if "corresponds to no data" in str(reason):
+            raise error("PLM301", "there are no rows", ", ".join(paths)) from None
         raise error(
             "PLM301", f"the file cannot be read: {_first_line(reason)}", ", ".join(paths)
         ) from None
@@ -257,6 +261,14 @@ def _text_columns(table: Dataset, text: str | Sequence[str] | None, source: str)
                 allowed="name the column or the two columns with `text:`")  # fmt: skip
 
 
+def _check_text(table: Dataset, columns: Sequence[str], source: str) -> None:
+    for column in columns:
+        kind = getattr(table.features[column], "dtype", "nested values")
+        if kind not in ("string", "large_string", "null"):
+            message = f"the column `{column}` does not hold text"
+            raise error("PLM301", message, source, given=kind, cure="name another with `text:`")
+
+
 def _label_column(table: Dataset, label: str | None, source: str) -> str | None:
     if label is not None:
         return _existing(label, table.column_names, source)
@@ -272,14 +284,20 @@ def _existing(column: str, names: list[str], source: str) -> str:
     return column
 
 
-def check_class_labels(rows: Rows, classes: int) -> list[int]:
-    """Return integer labels within 0..classes-1.
+def check_class_labels(
+    rows: Rows, classes: int, names: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Return integer labels within 0..classes-1; `names` are the model's own names of classes.
 
     Raises:
         PlmccError: a label that is no whole number or outside the head's range.
     """
+    if classes == 1:
+        message = "the model's head is for regression (one label), which is not supported"
+        raise error("PLM303", message, rows.source, cure="use a model with two or more classes")
     labels = []
     for row, value in enumerate(rows.labels()):
+        value = (names or {}).get(str(value), value)
         try:
             number = int(value)
         except (TypeError, ValueError):

@@ -30,6 +30,7 @@ class Distillation:
         task: str,
     ) -> None:
         self.teacher, self.pooling, self.settings = teacher.eval(), pooling, settings
+        self._check_inputs(model)
         states = bool(settings.hidden_states or settings.pooled)
         self.needs: dict[str, Any] = {"output_hidden_states": True} if states else {}
         self.task_weight = 1.0 if settings.task is None else settings.task
@@ -37,6 +38,20 @@ class Distillation:
         if settings.logits and task in ("sentence-similarity", "feature-extraction"):
             raise error("PLM303", f"{task} has no logits", "train.distill.logits",
                         cure="use `pooled` and `hidden_states`")  # fmt: skip
+
+    def _check_inputs(self, model: PreTrainedModel) -> None:
+        """The teacher is given the student's token ids."""
+        sizes = [part.config.get_text_config().vocab_size for part in (model, self.teacher)]
+        if sizes[0] != sizes[1]:
+            message = "the teacher has another vocabulary, and would misread every token"
+            given = f"{sizes[0]} and {sizes[1]} tokens"
+            raise error("PLM303", message, "train.distill.teacher", given=given)
+        if self.settings.hidden_states or self.settings.pooled:
+            widths = [part.config.get_text_config().hidden_size for part in (model, self.teacher)]
+            if widths[0] != widths[1]:
+                message = "hidden states can only be compared when they have one size"
+                given = f"{widths[0]} and {widths[1]}"
+                raise error("PLM303", message, "train.distill", given=given)
 
     def _layer_map(self, model: PreTrainedModel) -> dict[int, int]:
         """Student state -> teacher state; state 0 is the embedding output, as in
@@ -57,12 +72,6 @@ class Distillation:
                 allowed = f"student 0 to {mine}, teacher 0 to {theirs}"
                 raise error("PLM303", "the map names a missing layer", "train.distill.layers",
                             given=f"{student}: {teacher}", allowed=allowed)  # fmt: skip
-        sizes = [part.config.get_text_config().hidden_size for part in (model, self.teacher)]
-        if sizes[0] != sizes[1]:
-            message = "hidden states can only be compared when they have one size"
-            raise error(
-                "PLM303", message, "train.distill.hidden_states", given=f"{sizes[0]} and {sizes[1]}"
-            )
         return mapping
 
     @torch.no_grad()

@@ -102,7 +102,8 @@ class Evaluator:
             (order, self._logits(batch).argmax(-1).cpu())
             for order, batch in self._batches(*columns)
         ]
-        labels = check_class_labels(rows, classes_of(self.model))
+        config = self.model.config
+        labels = check_class_labels(rows, classes_of(self.model), config.label2id)
         return float(measure(labels, _restored(parts, len(rows)).tolist()))
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
@@ -113,44 +114,46 @@ class Evaluator:
         return logits  # type: ignore[no-any-return]
 
     def _perplexity(self, rows: Rows) -> float:
+        """exp of the mean loss of each next token."""
+        if not self.model.can_generate() or self.model.config.is_encoder_decoder:
+            raise error("PLM303", "perplexity needs a causal language model", "evaluate",
+                        given=type(self.model).__name__, cure="use `fidelity`")  # fmt: skip
         total, tokens = 0.0, 0
         for _, batch in self._batches(rows.texts()):
-            logits = self.model(**batch).get("logits")
-            if logits is None or logits.dim() != 3:
-                raise error(
-                    "PLM303",
-                    "perplexity needs a language model",
-                    "evaluate",
-                    cure="set `task: text-generation`",
-                )
-            targets_BL = batch["input_ids"][:, 1:].masked_fill(
-                batch["attention_mask"][:, 1:] == 0, -100
-            )
-            loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), targets_BL.flatten(), reduction="sum"
-            )
+            logits_BLV = self.model(**batch).logits[:, :-1].float()
+            padding_BL = batch["attention_mask"][:, 1:] == 0
+            targets_BL = batch["input_ids"][:, 1:].masked_fill(padding_BL, -100)
+            loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), reduction="sum")
             total, tokens = total + float(loss), tokens + int((targets_BL != -100).sum())
         mean = total / max(1, tokens)
         return math.exp(mean) if mean < 700 else math.inf
 
     def _fidelity(self, rows: Rows) -> float:
-        """Mean cosine to the original: of pooled outputs, or of logits where the model has a
-        head."""
+        """With a head, the share of equal predictions; without one, the mean cosine of pooled
+        outputs with the original's."""
         assert self.original is not None, "fidelity compares with the original"
-        texts = [text for column in range(len(rows.text)) for text in rows.texts(column)]
-        cosines: list[Tensor] = []
-        for _, batch in self._batches(texts):
+        columns = [rows.texts(column) for column in range(len(rows.text))]
+        if self.model.get_output_embeddings() is None and self.model.base_model is self.model:
+            columns = [[text for column in columns for text in column]]
+        agreements: list[Tensor] = []
+        for _, batch in self._batches(*columns):
             mine, theirs = (self._signature(model, batch) for model in (self.model, self.original))
-            cosines.append(F.cosine_similarity(mine, theirs, dim=-1).cpu())
-        return float(torch.cat(cosines).mean())
+            same = (
+                F.cosine_similarity(mine, theirs, dim=-1)
+                if mine.is_floating_point()
+                else (mine == theirs).float()
+            )
+            agreements.append(same.cpu())
+        return float(torch.cat(agreements).mean())
 
     def _signature(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        """Pooled outputs (B, D), or the predicted classes or tokens."""
         output = model(**batch, output_hidden_states=True)
         logits: Tensor | None = output.get("logits")
         if logits is None:
             return self.pooling(last_states(output), batch["attention_mask"])
-        logits = logits.float() - logits.float().mean(-1, keepdim=True)
-        return logits if logits.dim() == 2 else logits[batch["attention_mask"].bool()]
+        predicted = logits.argmax(-1)
+        return predicted if predicted.dim() == 1 else predicted[batch["attention_mask"].bool()]
 
 
 def _restored(parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:

@@ -10,24 +10,39 @@ from transformers import PreTrainedModel
 
 from plmcc.data import SYNTHETIC, Rows, load_rows, synthetic_rows
 from plmcc.diagnostics import error
+from plmcc.distill import Distillation
 from plmcc.recipe import Data, Recipe, Stage, Synthetic, Train
 from plmcc.source import Source, load_source
 from plmcc.tasks import classes_of, collator, encode
-from plmcc.train import Lesson
+from plmcc.train import Lesson, check_lesson
 
 
-def with_teacher(lesson: Lesson, settings: Train, original: PreTrainedModel | None) -> Lesson:
-    """Add the teacher that the settings name.
+def with_teacher(
+    lesson: Lesson, settings: Train, original: PreTrainedModel | None, source: Source
+) -> Lesson:
+    """Add the teacher that the settings name and check that training can begin.
 
     Raises:
-        PlmccError: it cannot be loaded.
+        PlmccError: the teacher cannot be loaded or does not fit, or there is nothing to learn from.
     """
-    if settings.distill is None:
+    check_lesson(settings, lesson)
+    distill = settings.distill
+    if distill is None:
         return lesson
-    if settings.distill.teacher == "original":
-        return replace(lesson, teacher=original)
-    teacher = load_source(settings.distill.teacher, lesson.task).model
-    return replace(lesson, teacher=teacher.requires_grad_(False))
+    teacher = original if distill.teacher == "original" else _other_teacher(distill.teacher, source)
+    assert teacher is not None
+    Distillation(source.model, teacher, distill, lesson.pooling, lesson.task)
+    return replace(lesson, teacher=teacher)
+
+
+def _other_teacher(name: str, source: Source) -> PreTrainedModel:
+    teacher = load_source(name, source.task)
+    known = [s.tokenizer.get_vocab() for s in (source, teacher) if s.tokenizer is not None]
+    if len(known) == 2 and known[0] != known[1]:
+        message = "the teacher's tokenizer numbers tokens differently: it would misread every text"
+        raise error("PLM303", message, "train.distill.teacher", given=name)
+    teacher.model.requires_grad_(False)
+    return teacher.model
 
 
 def lesson_of(stage: Stage, recipe: Recipe, source: Source, base: Path | None) -> Lesson:
@@ -50,8 +65,11 @@ def lesson_of(stage: Stage, recipe: Recipe, source: Source, base: Path | None) -
 def _encoded(data: Data, names: str | list[str], source: Source, base: Path | None) -> Any:
     tokenizer = source.need_tokenizer("training on text")
     rows = load_rows(names, data.text, data.label, data.limit, base)
+    if rows.skipped:
+        source.notes += (f"{rows.skipped} rows of {rows.source} without text are left out",)
     classes = classes_of(source.model) if source.task == "text-classification" else 0
-    return encode(rows, source.task, tokenizer, source.max_length(data.max_length), classes)
+    length, labels = source.max_length(data.max_length), source.model.config.label2id
+    return encode(rows, source.task, tokenizer, length, classes, labels)
 
 
 def _check_architecture(source: Source, key: str) -> None:

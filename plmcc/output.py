@@ -49,6 +49,17 @@ def free(target: Path, overwrite: bool) -> Path:
     return target
 
 
+def outside(target: Path, model: Path) -> None:
+    """Refuse an output directory within the model's own.
+
+    Raises:
+        PlmccError: it is there.
+    """
+    if model.is_dir() and model.resolve() in target.resolve().parents:
+        message = "the output directory lies in the directory of the model"
+        raise error("PLM501", message, str(target), cure="choose another output")
+
+
 def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
     """Write beside the target, prove it in a fresh process, then rename: what has the name is
     finished."""
@@ -57,7 +68,7 @@ def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
         draft.chmod(0o755)
         save(source, result, draft)
         check_file(draft, result.bytes_after)
-        result.seconds["verified_difference"] = in_fresh_process(draft)
+        result.reload_difference = in_fresh_process(draft)
         write_documents(recipe, source, result, draft)
         _put(draft, target)
     except OSError as problem:
@@ -81,10 +92,6 @@ def _put(draft: Path, target: Path) -> None:
 def save(source: Source, result: Result, folder: Path) -> None:
     """Write model, tokenizer, the model's other files and the probes into a folder."""
     result.model.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
     for file in source.other_files():
         assert source.folder is not None
         copy = folder / file.relative_to(source.folder)
@@ -92,7 +99,12 @@ def save(source: Source, result: Result, folder: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
     model: torch.nn.Module = result.model
+    if source.tokenizer is not None and not any(folder.glob("*tokeniz*")):
+        # The files are better where there are any: a tokenizer in use has its settings changed.
+        source.tokenizer.save_pretrained(folder)
     device = result.model.device
     model.to("cpu")  # where the fresh process will compute them
     record(result.model, folder)
     model.to(device)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -17,6 +17,7 @@ from plmcc.data import data_files
 from plmcc.recipe import Recipe
 from plmcc.size import file_bytes
 from plmcc.source import Source, file_digest, folder_digests, write_json
+from plmcc.tasks import auto_class
 
 if TYPE_CHECKING:
     from plmcc.compiler import Result
@@ -61,6 +62,7 @@ def report(recipe: Recipe, source: Source, result: Result) -> dict[str, Any]:
         "latency": [item.to_json() for item in result.latency],
         "training": result.training,
         "seconds": result.seconds,
+        "reload_difference": result.reload_difference,
         "hardware": hardware(),
     }
 
@@ -118,6 +120,7 @@ def _existing(name: str | list[str]) -> list[Path]:
 def model_card(recipe: Recipe, source: Source, result: Result) -> str:
     """Return the text of README.md in the artifact."""
     before, after = sum(result.bytes_before.values()), sum(result.bytes_after.values())
+    auto = auto_class(source.task, source.model.config).__name__
     lines = [
         "---",
         "library_name: transformers",
@@ -130,12 +133,12 @@ def model_card(recipe: Recipe, source: Source, result: Result) -> str:
         "",
         "```python",
         "import plmcc  # registers the format with transformers",
-        "from transformers import AutoModel",
+        f"from transformers import {auto}",
         "",
-        'model = AutoModel.from_pretrained("this directory")',
+        f'model = {auto}.from_pretrained("this directory")',
         "```",
         "",
-        "| component | before | after |",
+        "| component (bytes) | before | after |",
         "|---|---|---|",
         *(f"| {name} | {b} | {a} |" for name, b, a in _component_rows(result)),
         "",
@@ -172,25 +175,25 @@ def print_summary(result: Result, console: Console) -> None:
             change,
         )
     for row in result.latency:
+        times = [f"{seconds * 1e3:.2f}" for seconds in (row.original, row.compressed)]
         name = f"latency, {row.mode}, batch {row.batch} x {row.length} (ms)"
-        table.add_row(
-            name, f"{row.original * 1e3:.2f}", f"{row.compressed * 1e3:.2f}", f"x{row.ratio:.3f}"
-        )
+        table.add_row(name, *times, f"x{row.ratio:.2f} ± {row.spread:.2f}")
     console.print(table)
     console.print(_speed_words(result))
 
 
 def _speed_words(result: Result) -> str:
+    """Claim nothing that the spread does not allow."""
     if not result.latency:
         return "Latency was not measured (add `evaluate` or `lower` to the recipe)."
-    ratios = [row.ratio for row in result.latency]
-    if min(ratios) > 0.97:
-        return (
-            "No speed-up: this model is smaller, not faster."
-            if max(ratios) < 1.03
-            else "No speed-up, and somewhat slower."
-        )
-    return f"Up to {1 / min(ratios):.2f} times as fast."
+    faster = [row for row in result.latency if row.ratio + row.spread < 0.97]
+    slower = [row for row in result.latency if row.ratio - row.spread > 1.03]
+    if slower:
+        return "Somewhat slower than the original: this model is smaller, not faster."
+    if not faster:
+        return "No speed-up: this model is smaller, not faster."
+    best = min(faster, key=lambda row: row.ratio)
+    return f"Up to {1 / best.ratio:.2f} times as fast (batch {best.batch}, {best.mode})."
 
 
 def _component_rows(result: Result) -> list[tuple[str, int, int]]:

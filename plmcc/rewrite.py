@@ -150,7 +150,10 @@ def _match_one(program: Program, chosen: Pass, place: Place | str) -> tuple[list
     try:
         results = list(chosen.match(program))
     except PlmccError as problem:
-        raise PlmccError(*(replace(d, place=place) for d in problem.diagnostics)) from None
+        done = [path for path, part in program.model.named_modules() if isinstance(part, Hard)]
+        cure = f"{', '.join(done)}: rewritten before, and gone as a target" if done else ""
+        found = [replace(d, place=place, cure=cure or d.cure) for d in problem.diagnostics]
+        raise PlmccError(*found) from None
     sites = [result for result in results if isinstance(result, Site)]
     misses = [result for result in results if isinstance(result, Miss)]
     if not sites:

@@ -8,10 +8,12 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -20,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from plmcc.diagnostics import did_you_mean, error
+from plmcc.diagnostics import PlmccError, error, listing, nearest
 from plmcc.tasks import Pooling, auto_class, task_of
 
 _WEIGHTS = (
@@ -49,6 +51,8 @@ class Source:
     tokenizer: PreTrainedTokenizerBase | None = None
     folder: Path | None = None
     pooling: Pooling = field(default_factory=Pooling)
+    notes: tuple[str, ...] = ()
+    """What the user should know of the loaded weights: new heads, unused tensors."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Source:
@@ -107,40 +111,78 @@ def load_source(name: str | Path, task: str = "auto", classes: int | None = None
         PlmccError: the model cannot be found or read.
     """
     folder: Path | None = Path(name) if Path(name).is_dir() else None
-    if folder is None and (Path(name).is_file() or str(name).startswith((".", "/", "~"))):
-        siblings = [path.name for path in Path(name).parent.glob("*")]
-        raise error(
-            "PLM401",
-            "there is no such model directory",
-            str(name),
-            cure=did_you_mean(Path(name).name, siblings),
-        )
+    if folder is None:
+        _check_not_local(str(name))
     config = _config(name)
     folder = folder or _snapshot(str(name))
-    chosen = task_of(_architecture(config), folder) if task == "auto" else task
+    found = task_of(_architecture(config), folder)
+    chosen = found if task == "auto" else task
     options = {}
-    if (
-        chosen == "text-classification"
-        and task_of(_architecture(config)) != chosen
-        and classes is not None
-    ):
+    if chosen == "text-classification" and found != chosen and classes is not None:
         options["num_labels"] = classes
+    model, notes = _model(name, auto_class(chosen, config), options)
+    placed: torch.nn.Module = model
+    placed.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = _tokenizer(name, folder)
+    return Source(model, chosen, str(name), tokenizer, folder, Pooling.of(folder), notes)
+
+
+def _check_not_local(name: str) -> None:
+    """Refuse at once what can only have been meant as a directory, before the hub is asked."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        cure = f"name the directory, {path.parent}"
+        raise error("PLM401", "this is a file, and a model is a directory", name, cure=cure)
+    siblings = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+    near = nearest(path.name, siblings)
+    inside = path.parent != Path() and path.parent.is_dir()
+    if near or inside or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        cure = f"did you mean `{path.parent / near}`?" if near else ""
+        raise error("PLM401", "there is no such model directory", name, cure=cure)
+
+
+def _model(
+    name: str | Path, kind: Any, options: dict[str, Any]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Load the weights and say what does not fit: nothing may be random without a word.
+
+    Raises:
+        PlmccError: weights that cannot be read, have other shapes than the config says, or lack
+            tensors of the base model.
+    """
     try:
-        model = auto_class(chosen, config).from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        model, info = kind.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except PlmccError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
         raise error("PLM401", f"the model cannot be loaded: {_line(problem)}", str(name)) from None
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Source(model, chosen, str(name), _tokenizer(name), folder, Pooling.of(folder))
+    kind_name = type(model).__name__
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        message = f"the weights do not have the shape that config.json says: {key}"
+        given, allowed = str(tuple(stored)), str(tuple(wanted))
+        raise error("PLM401", message, str(name), given=given, allowed=allowed)
+    prefix = f"{model.base_model_prefix}."
+    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    body = [k for k in missing if model.base_model is model or k.startswith(prefix)]
+    body = [k for k in body if "pooler" not in k]  # checkpoints of many encoders have none
+    if body:
+        message = f"{len(body)} tensors of the model are not in its weights: {listing(body, 3)}"
+        raise error("PLM401", message, str(name), cure="compare config.json with the weights")
+    notes = []
+    if missing:
+        notes.append(f"{kind_name} starts with new, random tensors: {listing(missing, 4)}")
+    if unused:
+        notes.append(f"{kind_name} does not use, and drops: {listing(unused, 4)}")
+    return model, tuple(notes)
 
 
 def _config(name: str | Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, HFValidationError, KeyError) as problem:
-        here = [path.name for path in Path().iterdir() if path.is_dir()]
-        cure = did_you_mean(
-            name, here, "name a directory with config.json and weights, or a hub id"
-        )
+        cure = "name a directory with config.json and weights, or a hub id"
         raise error("PLM401", f"this is no model: {_line(problem)}", str(name), cure=cure) from None
     return config
 
@@ -157,14 +199,14 @@ def _architecture(config: PreTrainedConfig) -> str:
     return (config.architectures or [""])[0]
 
 
-def _tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+def _tokenizer(name: str | Path, folder: Path | None) -> PreTrainedTokenizerBase | None:
+    if folder is None or not any((*folder.glob("*token*"), *folder.glob("vocab*"))):
         return None
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
+    except Exception as problem:  # the tokenizers library raises bare exceptions
+        message = f"there is a tokenizer, and it cannot be read: {_line(problem)}"
+        raise error("PLM401", message, str(name), cure="repair it or remove its files") from None
 
 
 def _line(problem: BaseException) -> str:

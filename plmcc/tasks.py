@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,12 @@ class Pooling:
 
 
 def encode(
-    rows: Rows, task: str, tokenizer: PreTrainedTokenizerBase, max_length: int, classes: int
+    rows: Rows,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    classes: int,
+    names: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Turn rows into model inputs, with `labels` where the task has its own loss.
 
@@ -115,7 +120,7 @@ def encode(
         columns = [rows.texts(column) for column in range(len(rows.text))]
         inputs = tokenize(*columns)
         if rows.label is not None:
-            inputs["labels"] = check_class_labels(rows, classes)
+            inputs["labels"] = check_class_labels(rows, classes, names)
         return Dataset.from_dict(inputs)
     if task == "sentence-similarity" and len(rows.text) == 2 and rows.label is not None:
         return _labelled_pairs(rows, tokenize)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
+import datasets
 import transformers
 from transformers.utils import logging
 
@@ -13,6 +14,7 @@ def calm() -> None:
     """Keep transformers' notes about things plmcc does on purpose off the terminal; errors still
     show."""
     transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"torch\..*|transformers\..*|accelerate\..*")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -54,8 +54,7 @@ def train(
         PlmccError: there is nothing to learn from, the teacher does not fit, or the loss is not
             finite.
     """
-    _check_purpose(settings, lesson)
-    _check_dropout(settings)
+    check_lesson(settings, lesson)
     distill = None
     if settings.distill and lesson.teacher is not None:
         chosen = (settings.distill, lesson.pooling, lesson.task)
@@ -66,7 +65,7 @@ def train(
         with _trainable(model, settings, replacements), _forward_kept(model):
             trainer = _made(model, settings, lesson, folder, [_Clock(objectives)])
             trainer.setup(settings, lesson, distill, objectives)
-            trainer.train()
+            _run(trainer)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     model.eval()
@@ -90,8 +89,20 @@ def _made(
             data_collator=lesson.collate,
             callbacks=callbacks,
         )
-    except (ValueError, TypeError, ImportError) as problem:
+    except (ValueError, TypeError, ImportError, ZeroDivisionError) as problem:
         raise _refused(problem) from None
+
+
+def _run(trainer: _Trainer) -> None:
+    try:
+        trainer.train()
+    except PlmccError:
+        raise
+    except (ValueError, ZeroDivisionError, ImportError) as problem:
+        raise _refused(problem) from None
+    if trainer.state.global_step == 0:
+        cure = "check `max_steps`, `num_train_epochs` and the number of rows"
+        raise error("PLM303", "the training took no step", "train.arguments", cure=cure)
 
 
 def _refused(problem: Exception) -> PlmccError:
@@ -113,7 +124,13 @@ def _forward_kept(model: PreTrainedModel) -> Iterator[None]:
         vars(model).update(before)
 
 
-def _check_purpose(settings: Train, lesson: Lesson) -> None:
+def check_lesson(settings: Train, lesson: Lesson) -> None:
+    """Check what can be known before anything is rewritten.
+
+    Raises:
+        PlmccError: there is nothing to learn from, or settings exclude each other.
+    """
+    _check_dropout(settings)
     has_labels = "labels" in lesson.train.column_names
     makes_labels = lesson.task in ("fill-mask", "text-generation")
     if settings.distill is None and not has_labels and not makes_labels:

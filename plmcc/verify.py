@@ -35,7 +35,12 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tens
         if v is not None
     )
     mask = inputs.get("attention_mask")
-    if mask is not None and first.shape[:2] == mask.shape and not model.config.is_encoder_decoder:
+    if (
+        mask is not None
+        and first.dim() == 3
+        and first.shape[:2] == mask.shape
+        and not model.config.is_encoder_decoder
+    ):
         # At padding, attention implementations differ on purpose, and nobody reads it.
         first = first * mask[..., None]
     found = {"output": first.float().cpu()}

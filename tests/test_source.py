@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,112 @@ def test_text_longer_than_the_model_is_cut(tmp_path: Path) -> None:
     recipe = plmcc.Recipe(passes=[CODES], evaluate=[figure])
     result = plmcc.apply(recipe, source)
     assert -100 <= result.metrics[0]["after"] <= 100
+
+
+def edited_config(folder: Path, **changes: object) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def test_layers_that_the_weights_lack_are_an_error_not_random(tmp_path: Path) -> None:
+    model = edited_config(saved("bert", tmp_path / "bert"), num_hidden_layers=4)
+    with pytest.raises(plmcc.PlmccError, match="not in its weights"):
+        load_source(model)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    model = edited_config(saved("bert", tmp_path / "bert"), vocab_size=120)
+    with pytest.raises(plmcc.PlmccError, match=r"shape.*word_embeddings"):
+        load_source(model)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_damaged_weights_are_an_error(content: bytes | None, tmp_path: Path) -> None:
+    file = saved("bert", tmp_path / "bert") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(plmcc.PlmccError, match="PLM401"):
+        load_source(file.parent)
+
+
+def test_a_new_head_and_a_dropped_one_are_mentioned(tmp_path: Path) -> None:
+    model = saved("bert", tmp_path / "bert")
+    notes = " ".join(load_source(model, "text-classification").notes)
+    assert "starts with new, random tensors" in notes
+    assert "classifier.weight" in notes
+    assert "drops" in notes
+    assert load_source(model).notes == ()
+
+
+def test_a_broken_tokenizer_is_not_ignored(tmp_path: Path) -> None:
+    model = saved("bert", tmp_path / "bert")
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(plmcc.PlmccError, match="tokenizer"):
+        load_source(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("bort", "bert"), ("bert/config.json", "directory"), ("./x/y", "")]
+)
+def test_a_wrong_path_is_refused_before_the_hub_is_asked(
+    name: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved("bert", tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(plmcc.PlmccError, match=f"PLM401(.|\n)*{cure}"):
+        load_source(name)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_before_rewriting(
+    rows: Path, tmp_path: Path
+) -> None:
+    teacher = tiny("bert")
+    teacher.resize_token_embeddings(120)
+    teacher.save_pretrained(tmp_path / "teacher")
+    distill = plmcc.Distill(teacher=str(tmp_path / "teacher"), hidden_states=1.0)
+    recipe = plmcc.Recipe(passes=[CODES], train=train(rows, distill=distill))
+    said: list[str] = []
+    with pytest.raises(plmcc.PlmccError, match="another vocabulary"):
+        plmcc.apply(recipe, saved("bert", tmp_path / "bert"), tmp_path / "out", say=said.append)
+    assert not any("rewriting" in line for line in said)
+
+
+def test_a_training_without_a_step_is_an_error(rows: Path, tmp_path: Path) -> None:
+    settings = train(rows).model_copy(update={"arguments": {"num_train_epochs": 0}})
+    recipe = plmcc.Recipe(passes=[CODES], train=settings)
+    with pytest.raises(plmcc.PlmccError, match="no step"):
+        plmcc.apply(recipe, saved("bert", tmp_path / "bert"), tmp_path / "out")
+
+
+def test_rows_without_text_are_counted_and_class_names_understood(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\nw1 w2,LABEL_1\n,LABEL_0\nw3,LABEL_0\nw4 w5,LABEL_1\n")
+    recipe = plmcc.Recipe(task="text-classification", passes=[CODES], train=train(file))
+    said: list[str] = []
+    model = saved("bert", tmp_path / "bert")
+    plmcc.apply(recipe, model, tmp_path / "out", say=said.append)
+    assert any("1 rows of" in line for line in said)
+
+
+def test_perplexity_of_a_masked_model_is_refused(tmp_path: Path) -> None:
+    source = load_source(saved("bert", tmp_path / "bert"))
+    (tmp_path / "text.txt").write_text("w1 w2 w3")
+    figure = plmcc.Evaluate(metric="perplexity", data=str(tmp_path / "text.txt"))
+    with pytest.raises(plmcc.PlmccError, match="causal"):
+        plmcc.apply(plmcc.Recipe(passes=[CODES], evaluate=[figure]), source)
+
+
+def test_the_output_may_not_lie_in_the_model(tmp_path: Path) -> None:
+    model = saved("bert", tmp_path / "bert")
+    with pytest.raises(plmcc.PlmccError, match="lies in"):
+        plmcc.apply(plmcc.Recipe(passes=[CODES]), model, model / "out")
+
+
+def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
+    model = saved("bert", tmp_path / "bert")
+    for name in ("one", "two"):
+        plmcc.apply(plmcc.Recipe(passes=[CODES]), model, tmp_path / name)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    kept = [(folder / "tokenizer.json").read_bytes() for folder in (model, tmp_path / "one")]
+    assert kept[0] == kept[1]
