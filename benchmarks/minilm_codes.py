@@ -127,7 +127,7 @@ def latency_ratio(folder: Path) -> dict[str, float]:
     """Compressed / original, both compiled, interleaved: the median of the rounds' ratios by batch
     size."""
     original = load_source(MODEL, "sentence-similarity").model
-    rows = measure(original, plmcc.load(folder), (1, 32), length=32, compiled=True, seconds=60)
+    rows = measure(original, plmcc.load(folder), (1, 32), length=32, compiled=True, seconds=30)
     return {str(item.batch): round(item.ratio, 4) for item in rows}
 
 
