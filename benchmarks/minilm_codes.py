@@ -105,17 +105,27 @@ def row(system: str, source: Source, folder: Path, data: Path, dense: int) -> di
 
 def quantised(recipe: str, seed: int) -> Source:
     """Residual quantisation alone."""
-    options = plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", real=True).passes[0]
+    options = plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", real=True).steps()[0].passes[0]
     assert isinstance(options, CompositionalCodes)
     source = load_source(MODEL, "sentence-similarity")
     plmcc.Pipeline([options], seed=seed)(source)
     return source
 
 
+def overrides(recipe: Path, text: Path, steps: int | None, seed: int) -> list[str]:
+    """`--set` arguments: the training text and the seed, and for a GPU or a try-out the steps."""
+    loaded = plmcc.load_recipe(recipe)
+    count = len(loaded.stages or ())
+    settings = [f"seed={seed}"]
+    for prefix in [f"stages.{i}." for i in range(count)] or [""]:
+        settings += [f"{prefix}train.data.train={text}"]
+        settings += [f"{prefix}train.arguments.max_steps={steps}"] if steps else []
+    return settings
+
+
 def trained(recipe: str, text: Path, folder: Path, steps: int | None, seed: int) -> Source:
     if not folder.exists():
-        settings = [f"train.data.train={text}", f"seed={seed}"]
-        settings += [f"train.arguments.max_steps={steps}"] if steps else []
+        settings = overrides(ROOT / "recipes" / f"{recipe}.yaml", text, steps, seed)
         loaded = plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", settings, real=True)
         plmcc.apply(
             loaded, MODEL, folder, say=lambda line: print(line, file=sys.stderr, flush=True)
