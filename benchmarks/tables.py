@@ -50,7 +50,8 @@ def filled(text: str) -> str:
         result = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text("utf-8"))
         threads, torch = result["hardware"]["threads"], result["versions"]["torch"]
         facts = f"{threads} threads, seeds {result['seeds']}, torch {torch}"
-        source = f"\n`{result['command']}`; {facts}.\n"
+        note = f"; {result['note']}" if "note" in result else ""
+        source = f"\n`{result['command']}`; {facts}{note}.\n"
         return match.group(1) + TABLES[name](result["rows"]) + source + match.group(3)
 
     return MARK.sub(table, text)
