@@ -67,7 +67,9 @@ class SoftLayer(Soft):
 
     def harden(self) -> Hard:
         """Return the record of the transformation; the layer is already in its final form."""
-        return TransformedLayer(self.transformation)
+        hard = TransformedLayer(self.transformation)
+        hard.done = True
+        return hard
 
 
 class TransformedLayer(Hard):
@@ -76,9 +78,12 @@ class TransformedLayer(Hard):
     def __init__(self, transformation: str) -> None:
         super().__init__()
         self.layout = {"transformation": transformation}
+        self.done = False
 
     def rewrite(self, program: Program, path: str) -> None:
         """Transform an original layer, also on the meta device."""
+        if self.done:
+            return
         layer = program.layer(path)
         assert isinstance(layer, Layer), layer
         rewrite_layer(layer, transformation_named(str(self.layout["transformation"])))

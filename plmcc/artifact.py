@@ -136,9 +136,14 @@ class PlmccQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        files = kwargs.get("checkpoint_files") or []
-        for record in self.quantization_config.records():
-            install(model, record, _tensors(files))
+        saved = _tensors(kwargs.get("checkpoint_files") or [])
+        records = self.quantization_config.records()
+        for record in records:
+            install(model, record, saved)
+        for record in records:  # when all are in place: one may have changed a part of another
+            path = _locate(model, record.paths[0])
+            if path is not None:
+                _check_tensors(model.get_submodule(path).state_dict(), record, saved)
         return model
 
     def _process_model_after_weight_loading(
@@ -231,7 +236,6 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
     for module in model.get_submodule(primary).modules():
         # transformers' initialisers expect the modules of the original architecture.
         module._is_hf_initialized = True  # type: ignore[assignment]
-    _check_tensors(model.get_submodule(primary).state_dict(), record, saved)
     last = re.escape(record.paths[0].rpartition(".")[2])
     ignored = {rf"(^|\.){last}\.{re.escape(name)}$" for name in record.removed}
     model._keys_to_ignore_on_load_unexpected = (

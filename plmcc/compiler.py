@@ -27,6 +27,7 @@ from plmcc.train import Lesson, train
 from plmcc.verify import check_cache, outputs
 
 Say = Callable[[str], None]
+_SHOWN_BATCHES, _SHOWN_ROWS = 30, 16  # what passes are shown of the training data
 _EVALUATED = 256  # tokens of a text that evaluation reads
 _HARDEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -127,7 +128,8 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     rows = evaluation_rows(recipe, source, base)
     taught = [stage for stage in recipe.steps() if stage.train]
     drafts = [(stage, lesson_of(stage, recipe, source, base)) for stage in taught]
-    matched = _matched(recipe, model, 0)
+    shown = {stage.name: _shown(lesson) for stage, lesson in drafts}
+    matched = _matched(recipe, model, 0, shown)
     _announce(recipe, source, matched, say)
     original = source.original() if _needs_original(recipe) else None
     lessons = {
@@ -137,7 +139,7 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     }
     before = _figures(recipe, source, rows, original, say, "the original") if rows else []
     for index, stage in enumerate(recipe.steps()):
-        matched = matched if index == 0 else _matched(recipe, model, index)
+        matched = matched if index == 0 else _matched(recipe, model, index, shown)
         _stage(stage, matched, lessons.get(stage.name), result, say)
     artifact.adopt(model, result.records)
     result.bytes_after = component_bytes(model, [item.paths[0] for item in result.records])
@@ -162,10 +164,25 @@ def _timed(work: Callable[[], Any], name: str, result: Result) -> Any:
     return done
 
 
-def _matched(recipe: Recipe, model: PreTrainedModel, stage: int) -> rewrite.Matched:
-    passes = recipe.steps()[stage].passes
-    places = [recipe.pass_place(stage, index, "targets") for index in range(len(passes))]
-    return rewrite.match(model, passes, places)
+def _matched(
+    recipe: Recipe, model: PreTrainedModel, stage: int, shown: dict[str, list[dict[str, Any]]]
+) -> rewrite.Matched:
+    step = recipe.steps()[stage]
+    places = [recipe.pass_place(stage, index, "targets") for index in range(len(step.passes))]
+    # A stage that only rewrites is shown the data of the next one that trains.
+    names = [later.name for later in recipe.steps()[stage:]]
+    batches = next((shown[name] for name in names if shown.get(name)), [])
+    return rewrite.match(model, step.passes, places, batches)
+
+
+def _shown(lesson: Lesson) -> list[dict[str, Any]]:
+    """Return batches of the training rows, for passes that fit to what the model computes."""
+    rows = lesson.train.select(range(min(len(lesson.train), _SHOWN_BATCHES * _SHOWN_ROWS)))
+    starts = range(0, len(rows), _SHOWN_ROWS)
+    if lesson.task == "sentence-similarity":  # labels of pairs are nothing the model knows
+        rows = rows.remove_columns([n for n in ("labels", "other_ids") if n in rows.column_names])
+    picked = [rows.select(range(i, min(i + _SHOWN_ROWS, len(rows)))) for i in starts]
+    return [lesson.collate(list(part)) for part in picked]
 
 
 def _stage(

@@ -97,6 +97,11 @@ def trace_layer(module: nn.Module, path: str = "", taps: Iterable[str] = ()) -> 
     return Layer(path, module, found.graphs, found.branches, found.refusals, leaves)
 
 
+def is_rewritten(module: nn.Module) -> bool:
+    """Say whether a module is a layer that was put back."""
+    return isinstance(vars(type(module)).get(_MARK), Layer)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a layer as its library defined it, whether it was put back or not."""
     cls = type(module)
@@ -155,7 +160,9 @@ def _exchange(
     for target in before:
         if not any(_overlap(target, other) for other in wanted):
             parent, _, name = target.rpartition(".")
-            delattr(module.get_submodule(parent), name)
+            holder = module.get_submodule(parent)
+            if name in holder._modules or name in holder._parameters:  # tracing adds dropouts
+                delattr(holder, name)
     for target, value in wanted.items():
         _place(module, target, value, module.training)
 

@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 from plmcc.diagnostics import error
 
 
-def probe_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
-    """Return arguments for a model, always the same ones.
+def probe_inputs(
+    model: PreTrainedModel, batch: int = 2, length: int = 8, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return arguments for a model, always the same ones for a seed.
 
     These are random ids `[batch, length]` with padding at the end of the last row, or audio
     features, and the decoder's ids if there is one.
@@ -18,7 +20,7 @@ def probe_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dic
     Raises:
         PlmccError: the model's main input is of another kind.
     """
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, _vocabulary(model), (2, batch, length), generator=random)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, length - 2 :] = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -15,10 +17,13 @@ from plmcc.api import Miss, Site
 from plmcc.blocks import attention_sites, feed_forward_sites, linear_shape
 from plmcc.diagnostics import Place, error
 from plmcc.kinds import is_attention, is_linear
-from plmcc.layers import Layer, trace_layer
+from plmcc.layers import Layer, is_rewritten, trace_layer
+from plmcc.probes import probe_inputs
 from plmcc.targets import Matches, Scope, select
+from plmcc.tracer import signature
 
 _PROBED_ROWS = 7
+_PROBES, _PROBED_TOKENS = 10, 32
 
 
 class Program:
@@ -30,8 +35,13 @@ class Program:
     ```
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]] = ()
+    ) -> None:
+        """`batches` are inputs of the model that passes may fit to; probe inputs if there are
+        none."""
         self.model = model
+        self.batches = batches
 
     def tables(self) -> list[Site | Miss]:
         """Return the embedding tables; modules that share one parameter are one site.
@@ -113,6 +123,42 @@ class Program:
         layer = self.layer(path)
         assert isinstance(layer, Layer), layer
         return layer.only(graph_module).put_back()
+
+    def record(self, path: str) -> list[dict[str, Any]]:
+        """Run the model on the batches; return the arguments that a layer is called with.
+
+        The cache is left out, and every argument has its name.
+        """
+        calls: list[dict[str, Any]] = []
+        layer = self.model.get_submodule(path)
+        names = [parameter.name for parameter in signature(layer)]
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append({**dict(zip(names, args, strict=False)), **kwargs})
+
+        hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+        batches = self.batches or self._made_up()
+        mode = self.model.training
+        forward = inspect.signature(self.model.forward).parameters
+        options = {"use_cache": False} if "use_cache" in forward else {}
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                for batch in batches:
+                    given = {name: value.to(self.model.device) for name, value in batch.items()}
+                    self.model(**given, **options)
+        finally:
+            hook.remove()
+            self.model.train(mode)
+        assert calls, f"the model never ran {path}"
+        return calls
+
+    def _made_up(self) -> list[dict[str, torch.Tensor]]:
+        config = self.model.config
+        names = ("max_position_embeddings", "max_target_positions", "n_positions")
+        limits = [getattr(config, name) for name in names if getattr(config, name, None)]
+        length = min([_PROBED_TOKENS, *limits])
+        return [probe_inputs(self.model, 16, length, seed) for seed in range(_PROBES)]
 
     def resolve(
         self,
@@ -274,7 +320,12 @@ def _lookup_scale(table: nn.Embedding) -> float | str:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Say whether a module holds attention, and weights outside of its attention modules."""
+    """Say whether a module holds attention, and weights outside of its attention modules.
+
+    A layer that was put back stays one, whatever a pass has left in it.
+    """
+    if is_rewritten(module):
+        return True
     attention = [child for child in module.modules() if is_attention(child)]
     inside = {id(p) for child in attention for p in child.parameters()}
     outside = (p for p in module.parameters() if p.dim() > 1 and id(p) not in inside)

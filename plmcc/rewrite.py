@@ -119,7 +119,10 @@ class Matched:
 
 
 def match(
-    model: PreTrainedModel, passes: Sequence[Pass], places: Sequence[Place | str] = ()
+    model: PreTrainedModel,
+    passes: Sequence[Pass],
+    places: Sequence[Place | str] = (),
+    batches: Sequence[dict[str, Tensor]] = (),
 ) -> Matched:
     """Match all passes against the model without changing it.
 
@@ -127,12 +130,13 @@ def match(
         model: the model to look at.
         passes: the passes of one stage.
         places: where each pass stands in the recipe, for errors.
+        batches: inputs of the model that passes may fit to.
 
     Raises:
         PlmccError: a pass matches nothing, refuses all it matches, or wants what another pass has
             taken.
     """
-    program = Program(model)
+    program = Program(model, batches)
     sites: list[tuple[int, Site]] = []
     misses: list[tuple[int, Miss]] = []
     taken: dict[str, str] = {}
@@ -166,9 +170,14 @@ def _match_one(program: Program, chosen: Pass, place: Place | str) -> tuple[list
 def _claim(site: Site, chosen: Pass, taken: dict[str, str], place: Place | str) -> None:
     name = catalog.name_of(type(chosen))
     for path in site.paths:
-        if path in taken:
-            message = f"`{name}` and `{taken[path]}` both want to rewrite {path}"
-            raise error("PLM204", message, place, cure="give them different `targets`, or keep one")
+        for other, owner in taken.items():
+            if f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}."):
+                message = f"`{name}` and `{owner}` both want to rewrite {path}"
+                cure = "give them different `targets`, put them into stages, or keep one"
+                if path != other:
+                    message = f"`{name}` wants to rewrite {path}, and `{owner}` {other}"
+                    cure = "put them into `stages`: one of these places lies in the other"
+                raise error("PLM204", message, place, cure=cure)
         taken[path] = name
 
 
@@ -204,8 +213,7 @@ def harden_all(model: PreTrainedModel, replacements: Sequence[Replacement]) -> l
     records = []
     for done in replacements:
         hard = done.soft.harden().train(done.soft.training)
-        if done.site.roles[0] != "layer":  # a layer is already in place
-            splice(model, done.site.paths, done.site.roles, hard)
+        splice(model, done.site.paths, done.site.roles, hard)
         kept = model.get_submodule(done.site.path).state_dict()
         records.append(
             Record(

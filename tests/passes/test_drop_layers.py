@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import BOS, EOS, GENERATIVE, PAD, inputs, prompt, tiny
+from torch import nn
+from transformers import PreTrainedModel
+
+import plmcc
+from plmcc.passes.compressed_attention import CompressedAttention
+from plmcc.passes.drop_layers import DropLayers
+from plmcc.verify import outputs
+
+OPTIONS = {"targets": "layers", "keep": 1}
+
+
+def deep(kind: str = "MBart", layers: int = 5) -> PreTrainedModel:
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=99, d_model=16, encoder_layers=layers, decoder_layers=layers, init_std=0.3,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, max_position_embeddings=32, pad_token_id=PAD, bos_token_id=BOS,
+        eos_token_id=EOS, forced_eos_token_id=EOS, decoder_start_token_id=EOS,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        names = {"MBart": "MBartForConditionalGeneration", "Marian": "MarianMTModel"}
+        model: PreTrainedModel = getattr(transformers, names[kind])(config)
+    model.train(False)
+    return model
+
+
+def decoder(model: PreTrainedModel) -> nn.ModuleList:
+    stack = model.get_submodule("model.decoder.layers")
+    assert isinstance(stack, nn.ModuleList)
+    return stack
+
+
+def test_evenly_spaced_keeps_the_first_and_the_last() -> None:
+    model = deep()
+    kept = [decoder(model)[0], decoder(model)[2], decoder(model)[4]]
+    plmcc.Pipeline([DropLayers(keep=3)])(model)
+    assert all(a is b for a, b in zip(decoder(model), kept, strict=True))
+    assert model.config.decoder_layers == 3
+    assert model.config.encoder_layers == 5
+
+
+def test_layers_are_numbered_anew_and_the_old_numbers_would_go_wrong() -> None:
+    model, given = deep(), prompt("mbart")
+    plmcc.Pipeline([DropLayers(keep=[1, 4])])(model)
+    indices = {m.layer_idx for m in decoder(model).modules() if hasattr(m, "layer_idx")}
+    assert indices == {0, 1}
+    options = {"max_new_tokens": 8, "do_sample": False}
+    cached, plain = (model.generate(**given, **options, use_cache=c) for c in (True, False))  # type: ignore[operator]
+    assert torch.equal(cached, plain)
+    for part in decoder(model)[1].modules():  # what forgetting it does
+        if hasattr(part, "layer_idx"):
+            part.layer_idx = 0  # type: ignore[assignment]
+    wrong = model.generate(**given, **options)  # type: ignore[operator]
+    assert not torch.equal(wrong, plain)
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_a_shorter_model_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model, batch = tiny(name), inputs(name)
+    plmcc.Pipeline([DropLayers(targets="layers", keep=1)])(model)
+    model.save_pretrained(tmp_path)
+    again = plmcc.load(tmp_path)
+    first, second = (outputs(m, batch) for m in (model, again))
+    assert torch.allclose(first["output"], second["output"], atol=1e-5)
+    assert torch.equal(first["tokens"], second["tokens"])
+
+
+def test_importance_keeps_the_layers_that_change_states_most() -> None:
+    model = deep()
+    with torch.no_grad():
+        for index in (0, 3):  # these do nothing
+            for name in ("self_attn.out_proj", "encoder_attn.out_proj", "fc2"):
+                for parameter in decoder(model)[index].get_submodule(name).parameters():
+                    parameter.zero_()
+    kept = [decoder(model)[i] for i in (1, 2, 4)]
+    plmcc.Pipeline([DropLayers(keep=3, select="importance")])(model)
+    assert all(a is b for a, b in zip(decoder(model), kept, strict=True))
+
+
+def test_t5_keeps_the_layer_that_holds_the_positions() -> None:
+    with pytest.raises(plmcc.PlmccError, match=r"layer 0 alone has .*relative_attention_bias"):
+        plmcc.Pipeline([DropLayers(keep=[1])])(tiny("t5"))
+    model = tiny("t5")
+    plmcc.Pipeline([DropLayers(keep=1, select="importance")])(model)
+    assert model.config.num_decoder_layers == 1
+    assert model.config.num_layers == 2
+    assert "relative_attention_bias" in str(list(model.get_decoder().state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"keep": [0, 5]}, "its layers are 0 to 4"),
+        ({"keep": [1, 1]}, "each once"),
+        ({"keep": 5}, "it has 5 layers, not more than are to be kept"),
+        ({"keep": 2, "expect": 3}, "expected 3"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(options: dict[str, object], reason: str) -> None:
+    model = deep()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((plmcc.PlmccError, ValueError), match=reason):
+        plmcc.Pipeline([DropLayers(**options)])(model)
+    assert before.keys() == model.state_dict().keys()
+
+
+def test_shared_layers_cannot_be_dropped() -> None:
+    with pytest.raises(plmcc.PlmccError, match="it has 1 layers"):
+        plmcc.Pipeline([DropLayers(targets="layers", keep=1)])(tiny("albert"))
+
+
+def test_dropping_and_merging_in_one_stage_is_refused_and_in_two_stages_works(
+    tmp_path: Path,
+) -> None:
+    passes = [DropLayers(keep=2), CompressedAttention(fold_steps=5)]
+    with pytest.raises(plmcc.PlmccError, match="stages"):
+        plmcc.Pipeline(passes)(deep("Marian"))
+    model, batch = deep("Marian"), inputs("marian")
+    for chosen in passes:
+        plmcc.Pipeline([chosen])(model)
+    assert len(decoder(model)) == 2
+    model.save_pretrained(tmp_path)
+    again = plmcc.load(tmp_path)
+    assert torch.allclose(model(**batch).logits, again(**batch).logits, atol=1e-5)
