@@ -194,8 +194,9 @@ def _fit_inner(soft: SoftAttention, calls: list[_Call]) -> Tensor:
     """
     inner_NF = [torch.cat(x).double() for x in zip(*(c.inner_NF for c in calls), strict=True)]
     solutions, errors = [], []
+    weights = [soft(call.u_BTD, **call.arguments)[1:3] for call in calls]
     for head in range(soft.num_heads):
-        features = _features(soft, calls, head)
+        features = _features(soft, calls, weights, head)
         found = [_ridge(features, target) for target in inner_NF]
         residuals = [
             (target - features @ w).square().mean(0)
@@ -223,11 +224,12 @@ def _fit_inner(soft: SoftAttention, calls: list[_Call]) -> Tensor:
     return order
 
 
-def _features(soft: SoftAttention, calls: list[_Call], head: int) -> Tensor:
+def _features(
+    soft: SoftAttention, calls: list[_Call], weights: list[tuple[Tensor, Tensor]], head: int
+) -> Tensor:
     """Return (N, M + D + D + 1): a head's contexts on both sides, the own state and 1."""
     rows = []
-    for call in calls:
-        _, target_BHTP, source_BHTS, _ = soft(call.u_BTD, **call.arguments)
+    for call, (target_BHTP, source_BHTS) in zip(calls, weights, strict=True):
         source = source_BHTS[:, head] @ call.memory_BSM
         target = target_BHTP[:, head] @ call.u_BTD
         rows.append(torch.cat((source, target, _with_one(call.u_BTD)), -1).flatten(0, -2))

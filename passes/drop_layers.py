@@ -79,7 +79,8 @@ class DropLayers(Pass):
         """Choose the layers that stay; `rewrite` drops the others."""
         stack = site.module
         assert isinstance(stack, nn.ModuleList)
-        influence = _influence(site.facts["program"], site.path, len(stack))
+        measured = self.select == "importance" and not isinstance(self.keep, list)
+        influence = _influence(site.facts["program"], site.path, stack) if measured else []
         return KeptLayers(self._chosen(len(stack), influence, site.facts["first"]), influence)
 
     def _chosen(self, depth: int, influence: Sequence[float], first: bool) -> list[int]:
@@ -200,24 +201,23 @@ def _depths(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-@torch.no_grad()
-def _influence(program: Program, path: str, depth: int) -> list[float]:
+def _influence(program: Program, path: str, stack: nn.ModuleList) -> list[float]:
     """Return each layer's block influence on recorded states."""
-    return [_changed(program, f"{path}.{index}") for index in range(depth)]
+    cosines: list[list[Tensor]] = [[] for _ in stack]
 
+    def watch(index: int) -> Any:
+        def note(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            result = output[0] if isinstance(output, tuple) else output
+            same = F.cosine_similarity(given.float(), result.float(), dim=-1)
+            cosines[index].append(same.flatten())
 
-def _changed(program: Program, path: str) -> float:
-    layer = program.model.get_submodule(path)
-    cosines: list[Tensor] = []
+        return stack[index].register_forward_hook(note, with_kwargs=True)
 
-    def note(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if args else kwargs["hidden_states"]
-        result = output[0] if isinstance(output, tuple) else output
-        cosines.append(F.cosine_similarity(given.float(), result.float(), dim=-1).flatten())
-
-    hook = layer.register_forward_hook(note, with_kwargs=True)
+    hooks = [watch(index) for index in range(len(stack))]
     try:
-        program.record(path)
+        program.record(f"{path}.0")
     finally:
-        hook.remove()
-    return float(1 - torch.cat(cosines).mean())
+        for hook in hooks:
+            hook.remove()
+    return [float(1 - torch.cat(found).mean()) for found in cosines]

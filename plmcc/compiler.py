@@ -20,7 +20,8 @@ from plmcc.evaluate import Evaluator
 from plmcc.lessons import classes_shown, evaluation_rows, lesson_of, with_teacher
 from plmcc.output import free, outside, write
 from plmcc.probes import probe_inputs
-from plmcc.recipe import Evaluate, Recipe, Stage, Train
+from plmcc.recipe import Evaluate, Recipe, Scratch, Stage, Train
+from plmcc.scratch import new_source
 from plmcc.size import component_bytes
 from plmcc.source import Source, load_source
 from plmcc.train import Lesson, train
@@ -111,8 +112,13 @@ def apply(
         source = Source.of(name)
     elif isinstance(name, Source):
         source = name
+    elif isinstance(name, Scratch):
+        source = new_source(recipe, base)
     else:
         source = load_source(name, recipe.task, classes_shown(recipe, base))
+        if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
+            source.model.float()
+            source.notes += ("its float16 weights are trained, and saved, in float32",)
     result = run(recipe, source, say, base)
     if target is not None:
         say("writing and verifying")
@@ -131,22 +137,25 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     shown = {stage.name: _shown(lesson) for stage, lesson in drafts}
     matched = _matched(recipe, model, 0, shown)
     _announce(recipe, source, matched, say)
-    original = source.original() if _needs_original(recipe) else None
+    original = source.original() if _needs_original(recipe) and not source.scratch else None
     lessons = {
         stage.name: with_teacher(lesson, stage.train, original, source)
         for stage, lesson in drafts
         if stage.train
     }
-    before = _figures(recipe, source, rows, original, say, "the original") if rows else []
+    judged = rows and not source.scratch  # what random weights translate means nothing
+    before = _figures(recipe, source, rows, original, say, "the original") if judged else []
     for index, stage in enumerate(recipe.steps()):
         matched = matched if index == 0 else _matched(recipe, model, index, shown)
         _stage(stage, matched, lessons.get(stage.name), result, say)
-    artifact.adopt(model, result.records)
+    if result.records:  # a model without passes stays one that transformers loads alone
+        artifact.adopt(model, result.records)
     result.bytes_after = component_bytes(model, [item.paths[0] for item in result.records])
     after = _figures(recipe, source, rows, original, say, "the result") if rows else []
+    known: list[float | None] = [*before] or [None] * len(after)
     result.metrics = [
         {"metric": asked.metric, "data": asked.data, "before": b, "after": a}
-        for asked, b, a in zip(recipe.evaluate, before, after, strict=False)
+        for asked, b, a in zip(recipe.evaluate, known, after, strict=False)
     ]
     if original is not None and (recipe.lower or recipe.evaluate):
         say("measuring latency")
@@ -241,9 +250,13 @@ def _figures(
 ) -> list[float]:
     say(f"evaluating {what}")
     tokenizer, length = source.need_tokenizer("evaluation"), source.max_length(_EVALUATED)
-    evaluator = Evaluator(source.model, tokenizer, source.pooling, original, length)
     asked: list[tuple[Evaluate, Rows]] = list(zip(recipe.evaluate, rows, strict=True))
-    return [evaluator.compute(figure.metric, table) for figure, table in asked]
+
+    def evaluator(figure: Evaluate) -> Evaluator:
+        search = (figure.num_beams, figure.max_new_tokens)
+        return Evaluator(source.model, tokenizer, source.pooling, original, length, *search)
+
+    return [evaluator(figure).compute(figure.metric, table) for figure, table in asked]
 
 
 def _announce(recipe: Recipe, source: Source, matched: rewrite.Matched, say: Say) -> None:
@@ -254,7 +267,8 @@ def _announce(recipe: Recipe, source: Source, matched: rewrite.Matched, say: Say
         say(f"  note: {note}")
     for stage in recipe.steps():
         trained = f"{stage.train.data.train}" if stage.train else "no training"
-        say(f"  stage {stage.name}: {', '.join(type(p).__name__ for p in stage.passes)}; {trained}")
+        passes = ", ".join(type(p).__name__ for p in stage.passes) or "no passes"
+        say(f"  stage {stage.name}: {passes}; {trained}")
     for _, site in matched.sites:
         also = f" (tied: {', '.join(site.paths[1:])})" if len(site.paths) > 1 else ""
         say(f"  will rewrite {site.path}{also}")

@@ -32,7 +32,13 @@ _BUILDERS = {
     ".parquet": "parquet",
 }
 _SINGLE = ("text", "sentence", "content")
-_PAIRS = (("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+_PAIRS = (
+    ("source", "target"),
+    ("src", "tgt"),
+    ("text_a", "text_b"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+)
 _LABELS = ("label", "labels", "score")
 
 if not sys.stderr.isatty():
@@ -81,6 +87,7 @@ def load_rows(
     label: str | None = None,
     limit: int | None = None,
     base: Path | None = None,
+    target: str | Sequence[str] | None = None,
 ) -> Rows:
     """Read rows.
 
@@ -91,6 +98,7 @@ def load_rows(
         label: the label column; by default the first usual name that exists.
         limit: keep only the first rows.
         base: where relative paths start, if they do not exist in the current directory.
+        target: the second texts of pairs where they are files of their own, line by line.
 
     Raises:
         PlmccError: a file is missing, empty, unreadable or of an unknown kind, or a column is not
@@ -101,6 +109,8 @@ def load_rows(
         message = "there are no synthetic rows to evaluate on: they have no text and no labels"
         raise error("PLM301", message, name, cure="name a file")
     table = _from_hub(name) if name.startswith("hub:") else _from_files(source, base)
+    if target is not None:
+        table, text, label = _aligned(table, text, name, target, base), None, None
     if len(table) == 0:
         raise error("PLM301", "there are no rows", name)
     columns = _text_columns(table, text, name)
@@ -113,6 +123,24 @@ def load_rows(
         raise error("PLM301", f"every row is empty in {' and '.join(columns)}", name)
     table = table.select(range(min(limit or len(table), len(table))))
     return Rows(table, columns, found_label, name, skipped)
+
+
+def _aligned(
+    table: Dataset,
+    text: str | Sequence[str] | None,
+    name: str,
+    target: str | Sequence[str],
+    base: Path | None,
+) -> Dataset:
+    """Join the rows of two sources, line by line."""
+    other = target if isinstance(target, str) else ", ".join(target)
+    second = _from_hub(other) if other.startswith("hub:") else _from_files(target, base)
+    columns = [_text_columns(part, text, n)[0] for part, n in ((table, name), (second, other))]
+    if len(table) != len(second):
+        given = f"{len(table)} rows in {name}, {len(second)} in {other}"
+        cure = "line N of one is the translation of line N of the other"
+        raise error("PLM301", "source and target are not aligned", other, given=given, cure=cure)
+    return Dataset.from_dict({"source": table[columns[0]], "target": second[columns[1]]})
 
 
 def data_files(source: str | Sequence[str], base: Path | None = None) -> list[Path]:

@@ -35,6 +35,13 @@ class Distillation:
         self.needs: dict[str, Any] = {"output_hidden_states": True} if states else {}
         self.task_weight = 1.0 if settings.task is None else settings.task
         self.layers = self._layer_map(model) if settings.hidden_states else {}
+        self.encoder_layers = self._encoder_map(model) if settings.hidden_states else {}
+        if task == "translation" and settings.pooled:
+            raise error("PLM303", "translation has no pooled output", "train.distill.pooled",
+                        cure="use `logits`, `hidden_states` or `sequence`")  # fmt: skip
+        if settings.sequence and task != "translation":
+            raise error("PLM303", f"{task} has no sequences to learn from",
+                        "train.distill.sequence", cure="use `logits`")  # fmt: skip
         if settings.logits and task in ("sentence-similarity", "feature-extraction"):
             raise error("PLM303", f"{task} has no logits", "train.distill.logits",
                         cure="use `pooled` and `hidden_states`")  # fmt: skip
@@ -74,28 +81,41 @@ class Distillation:
                             given=f"{student}: {teacher}", allowed=allowed)  # fmt: skip
         return mapping
 
+    def _encoder_map(self, model: PreTrainedModel) -> dict[int, int]:
+        """As `_layer_map` for the encoder of an encoder-decoder; empty where depths do not fit."""
+        if not model.config.is_encoder_decoder:
+            return {}
+        configs = [part.config.get_text_config(encoder=True) for part in (model, self.teacher)]
+        mine, theirs = (int(config.num_hidden_layers) for config in configs)
+        return {} if theirs % mine else {i: i * (theirs // mine) for i in range(mine + 1)}
+
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor]) -> Any:
-        """Return the teacher's output for a batch."""
+        """Return the teacher's output for a batch, or None where only its translations count."""
         self.teacher.to(batch["input_ids"].device)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if not (self.settings.logits or self.needs):
+            return None
         return self.teacher(**inputs, **self.needs)
 
     def loss(self, batch: dict[str, Tensor], output: Any, teacher: Any) -> Tensor:
         """Return the weighted sum of the terms."""
-        mask_BL = batch["attention_mask"]
+        mask_BL, states = batch["attention_mask"], "hidden_states"
+        if "decoder_input_ids" in batch:
+            # What a translation model predicts, and what its decoder computes, are the target's.
+            mask_BL, states = (batch["labels"] != -100).long(), "decoder_hidden_states"
         total = torch.zeros((), device=mask_BL.device)
         if self.settings.logits:
             total = total + self.settings.logits * self._logits(
                 output["logits"], teacher["logits"], mask_BL
             )
         if self.settings.hidden_states:
-            pairs = [
-                (output["hidden_states"][s], teacher["hidden_states"][t])
-                for s, t in self.layers.items()
-            ]
-            term = sum(relative_error(s, t, mask_BL) for s, t in pairs) / len(pairs)
-            total = total + self.settings.hidden_states * term
+            terms = [relative_error(output[states][s], teacher[states][t], mask_BL)
+                     for s, t in self.layers.items()]  # fmt: skip
+            source_BL, states = batch["attention_mask"], "encoder_hidden_states"
+            terms += [relative_error(output[states][s], teacher[states][t], source_BL)
+                      for s, t in self.encoder_layers.items()]  # fmt: skip
+            total = total + self.settings.hidden_states * torch.stack(terms).mean()
         if self.settings.pooled:
             student, goal = (self.pooling(last_states(o), mask_BL) for o in (output, teacher))
             total = total + self.settings.pooled * (1 - (student * goal).sum(-1)).mean()
@@ -124,4 +144,5 @@ def relative_error(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) ->
 
 
 def _depth(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().num_hidden_layers)
+    decoder = bool(model.config.is_encoder_decoder)
+    return int(model.config.get_text_config(decoder=decoder).num_hidden_layers)

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plmcc.data import Rows, check_class_labels
 from plmcc.diagnostics import error
-from plmcc.tasks import Pooling, classes_of, last_states, padding
+from plmcc.tasks import Pooling, classes_of, collator, encode, last_states, padding
+from plmcc.translation import extra, generated
 
 _BATCH = 64
+_TRANSLATION = ("bleu", "chrf")
 _CLASSES: dict[str, Callable[[list[int], list[int]], float]] = {
     "accuracy": metrics.accuracy_score,
     "f1": lambda truth, found: metrics.f1_score(
@@ -42,7 +44,10 @@ class Evaluator:
         pooling: Pooling,
         original: PreTrainedModel | None = None,
         max_length: int = 128,
+        num_beams: int = 4,
+        max_new_tokens: int = 128,
     ) -> None:
+        self.search = (num_beams, max_new_tokens)
         self.model, self.tokenizer = model.eval(), padding(tokenizer)
         self.pooling, self.original = pooling, original
         self.max_length = max_length
@@ -61,8 +66,29 @@ class Evaluator:
             return 100 * self._classification(_CLASSES[metric], rows)
         if metric == "perplexity":
             return self._perplexity(rows)
+        if metric in _TRANSLATION:
+            return self._translation(metric, rows)
         assert metric == "fidelity", metric
         return 100 * self._fidelity(rows)
+
+    def translate(self, texts: list[str]) -> list[str]:
+        """Return translations, by beam search."""
+        options = {"truncation": True, "max_length": self.max_length}
+        sources = self.tokenizer(texts, **options)["input_ids"]
+        found = generated(self.model, sources, *self.search)
+        return list(self.tokenizer.batch_decode(found, skip_special_tokens=True))
+
+    def _translation(self, metric: str, rows: Rows) -> float:
+        """Corpus BLEU or chrF by sacreBLEU's defaults, on detokenised text."""
+        if len(rows.text) != 2:
+            raise error("PLM301", f"{metric} needs translations to compare with", rows.source,
+                        cure="name them with `target:`")  # fmt: skip
+        if not self.model.config.is_encoder_decoder:
+            raise error("PLM303", f"{metric} needs a translation model", "evaluate",
+                        given=type(self.model).__name__)  # fmt: skip
+        library = extra("sacrebleu")
+        compute = library.corpus_bleu if metric == "bleu" else library.corpus_chrf
+        return float(compute(self.translate(rows.texts(0)), [rows.texts(1)]).score)
 
     def embed(self, texts: list[str], model: PreTrainedModel | None = None) -> Tensor:
         """Return pooled outputs (N, D), float32, of length 1."""
@@ -115,23 +141,55 @@ class Evaluator:
 
     def _perplexity(self, rows: Rows) -> float:
         """exp of the mean loss of each next token."""
-        if not self.model.can_generate() or self.model.config.is_encoder_decoder:
+        if not self.model.can_generate():
             raise error("PLM303", "perplexity needs a causal language model", "evaluate",
                         given=type(self.model).__name__, cure="use `fidelity`")  # fmt: skip
         total, tokens = 0.0, 0
+        if self.model.config.is_encoder_decoder:
+            for batch in self._forced(rows):
+                logits_BLV, targets_BL = self.model(**batch).logits.float(), batch["labels"]
+                flat = (logits_BLV.flatten(0, 1), targets_BL.flatten())
+                total += float(F.cross_entropy(*flat, reduction="sum"))
+                tokens += int((targets_BL != -100).sum())
+            return _exp(total / max(1, tokens))
         for _, batch in self._batches(rows.texts()):
             logits_BLV = self.model(**batch).logits[:, :-1].float()
             padding_BL = batch["attention_mask"][:, 1:] == 0
             targets_BL = batch["input_ids"][:, 1:].masked_fill(padding_BL, -100)
             loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), reduction="sum")
             total, tokens = total + float(loss), tokens + int((targets_BL != -100).sum())
-        mean = total / max(1, tokens)
-        return math.exp(mean) if mean < 700 else math.inf
+        return _exp(total / max(1, tokens))
+
+    def _forced(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
+        """Batches of sources and references, as the decoder is trained on them."""
+        if len(rows.text) != 2:
+            raise error("PLM301", "this figure of translations needs references", rows.source,
+                        cure="name them with `target:`")  # fmt: skip
+        pad = collator("translation", self.tokenizer, self.model.config)
+        table = encode(rows, "translation", self.tokenizer, self.max_length, 0)
+        sources = table["input_ids"][:]
+        order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+        for start in range(0, len(order), _BATCH):
+            batch = pad(list(table.select(order[start : start + _BATCH])))
+            yield {name: value.to(self.model.device) for name, value in batch.items()}
+
+    def _token_fidelity(self, rows: Rows) -> float:
+        assert self.original is not None
+        same, tokens = 0, 0
+        for batch in self._forced(rows):
+            real_BL = batch["labels"] != -100
+            mine, theirs = (m(**batch).logits.argmax(-1) for m in (self.model, self.original))
+            same += int((mine == theirs)[real_BL].sum())
+            tokens += int(real_BL.sum())
+        return same / max(1, tokens)
 
     def _fidelity(self, rows: Rows) -> float:
         """With a head, the share of equal predictions; without one, the mean cosine of pooled
-        outputs with the original's."""
+        outputs with the original's. Of translations, the share of tokens that both would choose
+        next after the beginning of the reference."""
         assert self.original is not None, "fidelity compares with the original"
+        if self.model.config.is_encoder_decoder:
+            return self._token_fidelity(rows)
         columns = [rows.texts(column) for column in range(len(rows.text))]
         if self.model.get_output_embeddings() is None and self.model.base_model is self.model:
             columns = [[text for column in columns for text in column]]
@@ -154,6 +212,10 @@ class Evaluator:
             return self.pooling(last_states(output), batch["attention_mask"])
         predicted = logits.argmax(-1)
         return predicted if predicted.dim() == 1 else predicted[batch["attention_mask"].bool()]
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def _restored(parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:

@@ -15,6 +15,7 @@ from plmcc.recipe import Data, Recipe, Stage, Synthetic, Train
 from plmcc.source import Source, load_source
 from plmcc.tasks import classes_of, collator, encode
 from plmcc.train import Lesson, check_lesson
+from plmcc.translation import taught
 
 
 def with_teacher(
@@ -30,9 +31,17 @@ def with_teacher(
     if distill is None:
         return lesson
     teacher = original if distill.teacher == "original" else _other_teacher(distill.teacher, source)
-    assert teacher is not None
+    assert teacher is not None, "a recipe for a new model names another teacher"
     Distillation(source.model, teacher, distill, lesson.pooling, lesson.task)
-    return replace(lesson, teacher=teacher)
+    if distill.sequence is None:
+        return replace(lesson, teacher=teacher)
+    positions = getattr(source.model.config, "max_position_embeddings", None)
+    longest = distill.sequence.max_new_tokens
+    if positions is not None and longest > positions:
+        raise error("PLM303", "the teacher's translations may be longer than the model can write",
+                    "train.distill.sequence.max_new_tokens", given=str(longest),
+                    allowed=f"at most {positions}")  # fmt: skip
+    return replace(lesson, teacher=teacher, train=taught(lesson.train, teacher, distill.sequence))
 
 
 def _other_teacher(name: str, source: Source) -> PreTrainedModel:
@@ -50,34 +59,80 @@ def lesson_of(stage: Stage, recipe: Recipe, source: Source, base: Path | None) -
     assert stage.train is not None
     _check_architecture(source, "train")
     data = stage.train.data
-    collate = collator(source.task, source.tokenizer)
+    collate = collator(source.task, source.tokenizer, source.model.config)
     options = {"pooling": source.pooling, "seed": recipe.seed}
     if data.train == SYNTHETIC:
         vocabulary = int(source.model.config.get_text_config().vocab_size)
         settings = data.synthetic or Synthetic()
         drawn = synthetic_rows(settings, vocabulary, source.tokenizer, recipe.seed)
         return Lesson(source.task, drawn, collate, **options)  # type: ignore[arg-type]
-    encoded = _encoded(data, data.train, source, base)
-    evaluated = _encoded(data, data.eval, source, base) if data.eval else None
+    encoded = _encoded(data, data.train, data.target, source, base)
+    evaluated = _encoded(data, data.eval, data.eval_target, source, base) if data.eval else None
     return Lesson(source.task, encoded, collate, eval=evaluated, **options)  # type: ignore[arg-type]
 
 
-def _encoded(data: Data, names: str | list[str], source: Source, base: Path | None) -> Any:
+def _encoded(
+    data: Data,
+    names: str | list[str],
+    target: str | list[str] | None,
+    source: Source,
+    base: Path | None,
+) -> Any:
     tokenizer = source.need_tokenizer("training on text")
-    rows = load_rows(names, data.text, data.label, data.limit, base)
+    rows = load_rows(names, data.text, data.label, data.limit, base, target)
+    if target is not None and source.task != "translation":
+        cure = "set `task: translation`, or remove it"
+        raise error("PLM303", f"{source.task} has no use for translations", "train.data.target",
+                    given=source.task, cure=cure)  # fmt: skip
+    length = source.max_length(data.max_length)
+    if "max_length" in data.model_fields_set and length < data.max_length:
+        note = f"`max_length: {data.max_length}` is more than the model reads; texts are cut after"
+        source.notes += (f"{note} {length} tokens",)
     if rows.skipped:
         source.notes += (f"{rows.skipped} rows of {rows.source} without text are left out",)
     classes = classes_of(source.model) if source.task == "text-classification" else 0
-    length, labels = source.max_length(data.max_length), source.model.config.label2id
-    return encode(rows, source.task, tokenizer, length, classes, labels)
+    if source.task == "translation":
+        check_end(source)
+    names_of_classes = source.model.config.label2id
+    return encode(rows, source.task, tokenizer, length, classes, names_of_classes)
+
+
+def check_end(source: Source) -> None:
+    """Check that tokenizer and model agree on how a sentence ends.
+
+    Raises:
+        PlmccError: the tokenizer has no end, or another one than generation stops at.
+    """
+    tokenizer = source.need_tokenizer("translation")
+    settings: Any = source.model.generation_config
+    stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [
+        settings.eos_token_id
+    ]  # fmt: skip
+    if tokenizer.eos_token_id is None:
+        message = "the tokenizer has no token for the end of a sentence: no translation would end"
+        raise error("PLM303", message, source.name, cure="set `eos_token` in its files")
+    if tokenizer.eos_token_id not in stops:
+        message = "tokenizer and model end sentences with different tokens"
+        given = f"{tokenizer.eos_token_id} and {', '.join(map(str, stops))}"
+        raise error("PLM303", message, source.name, given=given,
+                    cure="make eos_token_id in generation_config.json the tokenizer's")  # fmt: skip
 
 
 def _check_architecture(source: Source, key: str) -> None:
-    if source.model.config.is_encoder_decoder:
-        message = "encoder-decoder models can be rewritten, but not yet trained or evaluated"
-        raise error(
-            "PLM303", message, key, given=type(source.model).__name__, cure=f"remove `{key}`"
-        )
+    """Encoder-decoders are trained on and judged by text in, text out."""
+    config = source.model.config
+    given = type(source.model).__name__
+    reads_text = source.model.main_input_name == "input_ids"
+    if config.is_encoder_decoder != (source.task == "translation"):
+        message = f"the task {source.task} does not fit this model"
+        raise error("PLM303", message, key, given=given, cure="set `task: auto`")
+    if config.is_encoder_decoder and not reads_text:
+        message = "models that read something else than text can be rewritten, but not trained"
+        raise error("PLM303", message, key, given=given, cure=f"remove `{key}`")
+    if config.is_encoder_decoder and config.decoder_start_token_id is None:
+        cure = "set decoder_start_token_id in its config.json"
+        raise error("PLM303", "the model does not say what its decoder starts with", key,
+                    given=given, cure=cure)  # fmt: skip
 
 
 def classes_shown(recipe: Recipe, base: Path | None) -> int | None:
@@ -102,7 +157,9 @@ def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[R
     if recipe.evaluate:
         _check_architecture(source, "evaluate")
         source.need_tokenizer("evaluation")
+        if source.task == "translation":
+            check_end(source)
     return [
-        load_rows(asked.data, asked.text, asked.label, asked.limit, base)
+        load_rows(asked.data, asked.text, asked.label, asked.limit, base, asked.target)
         for asked in recipe.evaluate
     ]

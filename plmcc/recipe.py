@@ -16,7 +16,17 @@ from plmcc.diagnostics import Diagnostic, Place, PlmccError, error
 from plmcc.options import Pass
 from plmcc.recipe_errors import explain, shown
 from plmcc.recipe_models import Recipe, Stage
-from plmcc.recipe_parts import Data, Distill, Evaluate, Lower, Synthetic, Train
+from plmcc.recipe_parts import (
+    Data,
+    Distill,
+    Evaluate,
+    Lower,
+    Scratch,
+    Sequences,
+    Synthetic,
+    Train,
+    TrainTokenizer,
+)
 from plmcc.recipe_set import override
 from plmcc.recipe_text import Document, Steps, compose, read_text
 
@@ -26,9 +36,12 @@ __all__ = [
     "Evaluate",
     "Lower",
     "Recipe",
+    "Scratch",
+    "Sequences",
     "Stage",
     "Synthetic",
     "Train",
+    "TrainTokenizer",
     "load_recipe",
     "parse_recipe",
 ]

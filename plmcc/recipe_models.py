@@ -17,7 +17,17 @@ from pydantic import Field, PlainSerializer, PrivateAttr, model_validator
 from plmcc import catalog
 from plmcc.diagnostics import Place
 from plmcc.options import Pass
-from plmcc.recipe_parts import Evaluate, Lower, Name, Node, Task, Text, Train, invalid
+from plmcc.recipe_parts import (
+    Evaluate,
+    Lower,
+    Name,
+    Node,
+    Scratch,
+    Task,
+    Text,
+    Train,
+    invalid,
+)
 from plmcc.recipe_text import Document, Steps
 from plmcc.recipe_yaml import Dumper
 
@@ -59,8 +69,8 @@ class Recipe(Node):
     """The version of the recipe format."""
     name: Name = "recipe"
     """Names the result; by default the name of the file."""
-    model: Text | None = None
-    """A model folder or hub id; the command line wins."""
+    model: Text | Scratch | None = None
+    """A model folder or hub id, or a new model; the command line wins."""
     task: Task = "auto"
     """What the model is for; `auto` takes it from the model's configuration."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -80,7 +90,7 @@ class Recipe(Node):
 
     @model_validator(mode="after")
     def _has_steps(self) -> Recipe:
-        if not (self.stages or self.passes):
+        if not (self.stages or self.passes or self.train):
             at = "passes" if self.stages is None else "stages"
             cure = f"add `{at}:` with at least one; `plmcc passes` lists the passes"
             raise invalid("PLM108", f"this recipe does nothing: it has no {at}", at, cure=cure)
@@ -89,6 +99,28 @@ class Recipe(Node):
             message = "`stages` stands beside `passes` or `train`"
             raise invalid("PLM108", message, "stages", cure=cure)
         return self
+
+    @model_validator(mode="after")
+    def _random_weights_teach_nothing(self) -> Recipe:
+        if not isinstance(self.model, Scratch):
+            return self
+        for step, at in self._steps_at():
+            distill = step.train.distill if step.train else None
+            if distill and distill.teacher == "original":
+                message = "the original of a new model is random, and teaches nothing"
+                raise invalid("PLM108", message, *at, "train", "distill",
+                              cure="name a folder by `teacher:`")  # fmt: skip
+        for index, asked in enumerate(self.evaluate):
+            if asked.metric == "fidelity":
+                message = "`fidelity` compares with the original, which is random here"
+                raise invalid("PLM108", message, "evaluate", index, "metric",
+                              cure="choose another metric")  # fmt: skip
+        return self
+
+    def _steps_at(self) -> list[tuple[Stage, tuple[str | int, ...]]]:
+        if self.stages is not None:
+            return [(stage, ("stages", index)) for index, stage in enumerate(self.stages)]
+        return [(stage, ()) for stage in self.steps() if stage.passes or stage.train]
 
     @model_validator(mode="after")
     def _stages_differ(self) -> Recipe:

@@ -28,14 +28,23 @@ else:
 # fmt: off
 Task = Literal[
     "auto", "sentence-similarity", "feature-extraction", "text-classification", "fill-mask",
-    "text-generation",
+    "text-generation", "translation",
 ]
-Metric = Literal["accuracy", "f1", "matthews", "spearman", "pearson", "perplexity", "fidelity"]
+Metric = Literal[
+    "accuracy", "f1", "matthews", "spearman", "pearson", "perplexity", "fidelity", "bleu", "chrf",
+]
 # fmt: on
 Weight = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Text = Annotated[str, Field(min_length=1)]
 
+# Arguments of the Trainer that decide on batches too.
+_BATCHING = (
+    "per_device_train_batch_size",
+    "auto_find_batch_size",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
 _HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+){0,2}(@[\w.\[\]%:+-]+)?")
 
 
@@ -83,13 +92,38 @@ class Synthetic(Node):
     """Exponent of the Zipf distribution over token ranks; 0 is uniform."""
 
 
+class TrainTokenizer(Node):
+    """A tokenizer of byte-pair pieces, trained on text: pad 0, end 1, unknown 2."""
+
+    train: Source | Annotated[list[Source], Field(min_length=1)]
+    """A file, a glob, `hub:name[/config][@split]`, or a list of files."""
+    vocab_size: Annotated[int, Field(ge=16)] = 8000
+    """Pieces, special ones included; fewer where the text does not have so many."""
+    limit: PositiveInt | None = None
+    """Use only the first so many rows of each file."""
+
+
+class Scratch(Node):
+    """A new model with random weights, drawn by the recipe's seed."""
+
+    config: Annotated[dict[str, Any], Field(min_length=1)]
+    """`model_type`, and any values of that architecture's config in transformers. The size of the
+    vocabulary and the special tokens come from the tokenizer."""
+    tokenizer: Text | TrainTokenizer
+    """A model folder or hub id to take it from, or `{train: files, vocab_size: N}`."""
+
+
 class Data(Node):
     """What a stage learns from."""
 
     train: Source | Annotated[list[Source], Field(min_length=1)]
     """A file, a glob, `hub:name[/config][@split]`, the word `synthetic`, or a list of files."""
+    target: Source | Annotated[list[Source], Field(min_length=1)] | None = None
+    """The translations of `train` where they are files of their own, line by line."""
     eval: Source | Annotated[list[Source], Field(min_length=1)] | None = None
     """Data to evaluate on while training, in the same forms."""
+    eval_target: Source | Annotated[list[Source], Field(min_length=1)] | None = None
+    """The translations of `eval` where they are files of their own."""
     text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """The column, or columns, that hold the text."""
     label: Text | None = None
@@ -102,11 +136,29 @@ class Data(Node):
     """Settings of `train: synthetic`."""
 
     @model_validator(mode="after")
+    def _eval_target_is_used(self) -> Data:
+        if self.eval_target and not self.eval:
+            message = "`eval_target` has no effect without `eval`"
+            raise invalid("PLM108", message, "eval_target", cure="add `eval:`")
+        return self
+
+    @model_validator(mode="after")
     def _synthetic_is_used(self) -> Data:
         if self.synthetic and self.train != "synthetic":
             message = "`synthetic` has no effect unless `train` is `synthetic`"
             raise invalid("PLM108", message, "synthetic", cure="write `train: synthetic`")
         return self
+
+
+class Sequences(Node):
+    """Sequence-level distillation: the teacher's translations replace the targets."""
+
+    num_beams: PositiveInt = 4
+    """Width of the teacher's beam search."""
+    max_new_tokens: PositiveInt = 128
+    """Longest translation."""
+    cache: Text = "~/.cache/plmcc/sequences"
+    """Folder that keeps translations for later runs."""
 
 
 class Distill(Node):
@@ -119,19 +171,26 @@ class Distill(Node):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Temperature of these distributions."""
     hidden_states: Weight = 0.0
-    """Weight of the distance between hidden states."""
+    """Weight of the distance between hidden states; of a translation model, those of the decoder,
+    and those of the encoder where the teacher's depth is a multiple of the student's."""
     pooled: Weight = 0.0
     """Weight of the distance between pooled outputs."""
+    sequence: Sequences | None = None
+    """Translation: learn from the teacher's own translations of the training rows."""
     task: Weight | None = None
     """Weight of the task's own loss beside the teacher."""
     layers: dict[NonNegativeInt, NonNegativeInt] | None = None
-    """For `hidden_states`: which teacher layer each student layer follows."""
+    """For `hidden_states`: which teacher layer each student layer follows (of a translation
+    model, layers of the decoder)."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Distill:
-        if not (self.logits or self.hidden_states or self.pooled):
-            cure = "set one of logits, hidden_states, pooled above 0, or remove `distill`"
+        if not (self.logits or self.hidden_states or self.pooled or self.sequence):
+            cure = "set one of logits, hidden_states, pooled above 0, or name `sequence`"
             raise invalid("PLM108", "no distillation weight is above 0", cure=cure)
+        if self.task is not None and not (self.logits or self.hidden_states or self.pooled):
+            message = "`task` has no effect: there is no other loss to weigh it against"
+            raise invalid("PLM108", message, "task", cure="remove it, or set `logits` above 0")
         if self.layers and not self.hidden_states:
             message = "`layers` has no effect while `hidden_states` is 0"
             raise invalid("PLM108", message, "layers", cure="set `hidden_states` above 0")
@@ -149,23 +208,54 @@ class Train(Node):
     """Train the whole model, or only what the passes put in."""
     dropout: bool = True
     """Keep the model's dropout; matching a teacher's hidden states learns faster without."""
+    tokens_per_batch: Annotated[int, Field(ge=16)] | None = None
+    """Batches of rows of like length with at most this many padded tokens, instead of a fixed
+    number of rows."""
+    average_last: Annotated[int, Field(ge=2, le=100)] | None = None
+    """Average the weights of the last so many points: ends of epochs in a run of that many whole
+    epochs, else points spaced evenly over the last half of the steps."""
     arguments: Arguments = {}
     """Arguments of transformers.TrainingArguments."""
+
+    @model_validator(mode="after")
+    def _one_way_to_batch(self) -> Train:
+        others = [name for name in _BATCHING if self.tokens_per_batch and name in self.arguments]
+        if others:
+            message = f"`tokens_per_batch` stands beside `{others[0]}`"
+            raise invalid("PLM108", message, "tokens_per_batch", cure="keep one of them")
+        return self
 
 
 class Evaluate(Node):
     """One figure of the report."""
 
     metric: Metric
-    """What is computed; `fidelity` compares with the original model."""
+    """What is computed; `fidelity` compares with the original model. `bleu` and `chrf` need the
+    extra `eval`."""
     data: Source
     """A file, a glob or `hub:name[/config][@split]`."""
+    target: Source | None = None
+    """The translations of `data` where they are a file of their own, line by line."""
     text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """The column, or columns, that hold the text."""
     label: Text | None = None
     """The column that holds the label."""
     limit: PositiveInt | None = None
     """Use only this many rows."""
+    num_beams: PositiveInt = 4
+    """For `bleu` and `chrf`: width of the beam search; 1 is greedy."""
+    max_new_tokens: PositiveInt = 128
+    """For `bleu` and `chrf`: longest translation."""
+
+    @model_validator(mode="after")
+    def _search_is_used(self) -> Evaluate:
+        given = [n for n in ("num_beams", "max_new_tokens") if n in self.model_fields_set]
+        defaults = {"num_beams": 4, "max_new_tokens": 128}
+        given = [name for name in given if getattr(self, name) != defaults[name]]
+        if given and self.metric not in ("bleu", "chrf"):
+            message = f"`{given[0]}` has no effect on {self.metric}"
+            raise invalid("PLM108", message, given[0], cure="remove it")
+        return self
 
 
 class Lower(Node):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from plmcc import catalog
 from plmcc.data import data_files
-from plmcc.recipe import Recipe
+from plmcc.recipe import Recipe, Scratch, TrainTokenizer
 from plmcc.size import file_bytes
 from plmcc.source import Source, file_digest, folder_digests, write_json
 from plmcc.tasks import auto_class
@@ -84,10 +84,13 @@ def lock(recipe: Recipe, source: Source, folder: Path) -> dict[str, Any]:
         s
         for stage in recipe.steps()
         if stage.train
-        for s in (stage.train.data.train, stage.train.data.eval)
+        for data in (stage.train.data,)
+        for s in (data.train, data.target, data.eval, data.eval_target)
         if s
     ]
-    named += [asked.data for asked in recipe.evaluate]
+    named += [s for asked in recipe.evaluate for s in (asked.data, asked.target) if s]
+    if isinstance(recipe.model, Scratch) and isinstance(recipe.model.tokenizer, TrainTokenizer):
+        named.append(recipe.model.tokenizer.train)
     files = {str(file): file_digest(file) for name in named for file in _existing(name)}
     passes = {catalog.name_of(type(p)) for stage in recipe.steps() for p in stage.passes}
     return {
@@ -121,18 +124,25 @@ def model_card(recipe: Recipe, source: Source, result: Result) -> str:
     """Return the text of README.md in the artifact."""
     before, after = sum(result.bytes_before.values()), sum(result.bytes_after.values())
     auto = auto_class(source.task, source.model.config).__name__
+    base, done = [f"base_model: {source.name}"], "compressed"
+    if not result.records:
+        done = "trained"
+    if source.scratch:
+        base = []
+    needs = ["import plmcc  # registers the format with transformers"]
+    plain = getattr(source.model.config, "quantization_config", None) is None
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {source.name}",
-        "tags: [plmcc, compression]",
+        *base,
+        "tags: [plmcc, compression]" if result.records else "tags: [plmcc]",
         "---",
         f"# {recipe.name}",
         "",
-        f"{source.name}, compressed by plmcc: {_mib(before)} to {_mib(after)} MiB of tensors.",
+        f"{source.name}, {done} by plmcc: {_mib(before)} to {_mib(after)} MiB of tensors.",
         "",
         "```python",
-        "import plmcc  # registers the format with transformers",
+        *([] if plain else needs),
         f"from transformers import {auto}",
         "",
         f'model = {auto}.from_pretrained("this directory")',
@@ -146,7 +156,8 @@ def model_card(recipe: Recipe, source: Source, result: Result) -> str:
     if result.metrics:
         lines += ["| metric | data | before | after |", "|---|---|---|---|"]
         lines += [
-            f"| {m['metric']} | {Path(m['data']).name} | {m['before']:.2f} | {m['after']:.2f} |"
+            f"| {m['metric']} | {Path(m['data']).name} | {_figure(m['before'])} "
+            f"| {_figure(m['after'])} |"
             for m in result.metrics
         ]
         lines += [""]
@@ -167,12 +178,12 @@ def print_summary(result: Result, console: Console) -> None:
         "all tensors (bytes)", f"{before:,}", f"{after:,}", _factor(before, after), style="bold"
     )
     for item in result.metrics:
-        change = f"{item['after'] - item['before']:+.2f}"
+        known = item["before"] is not None
         table.add_row(
             f"{item['metric']} on {Path(item['data']).name}",
-            f"{item['before']:.2f}",
-            f"{item['after']:.2f}",
-            change,
+            _figure(item["before"]),
+            _figure(item["after"]),
+            f"{item['after'] - item['before']:+.2f}" if known else "",
         )
     for row in result.latency:
         times = [f"{seconds * 1e3:.2f}" for seconds in (row.original, row.compressed)]
@@ -180,6 +191,11 @@ def print_summary(result: Result, console: Console) -> None:
         table.add_row(name, *times, f"x{row.ratio:.2f} ± {row.spread:.2f}")
     console.print(table)
     console.print(_speed_words(result))
+
+
+def _figure(value: float | None) -> str:
+    """A figure; there is none of the random weights that a new model begins with."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _speed_words(result: Result) -> str:

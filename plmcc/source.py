@@ -53,6 +53,8 @@ class Source:
     pooling: Pooling = field(default_factory=Pooling)
     notes: tuple[str, ...] = ()
     """What the user should know of the loaded weights: new heads, unused tensors."""
+    scratch: bool = False
+    """Whether the weights are random: then nothing is compared with them."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Source:
@@ -197,6 +199,18 @@ def _snapshot(name: str) -> Path | None:
 
 def _architecture(config: PreTrainedConfig) -> str:
     return (config.architectures or [""])[0]
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a directory or hub id; None if there is none.
+
+    Raises:
+        PlmccError: it cannot be read.
+    """
+    folder: Path | None = Path(name) if Path(name).is_dir() else None
+    if folder is None:
+        _check_not_local(str(name))
+    return _tokenizer(name, folder or _snapshot(str(name)))
 
 
 def _tokenizer(name: str | Path, folder: Path | None) -> PreTrainedTokenizerBase | None:

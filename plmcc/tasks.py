@@ -26,12 +26,15 @@ _AUTO = {
     "text-classification": "AutoModelForSequenceClassification",
     "fill-mask": "AutoModelForMaskedLM",
     "text-generation": "AutoModelForCausalLM",
+    "translation": "AutoModelForSeq2SeqLM",
 }
 _HEADS = {
     "ForSequenceClassification": "text-classification",
     "ForMaskedLM": "fill-mask",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
+    "ForConditionalGeneration": "translation",
+    "MTModel": "translation",
 }
 
 
@@ -50,7 +53,7 @@ def auto_class(task: str, config: PreTrainedConfig) -> Any:
     """Return the class to load with: the task's Auto class, or for plain features the checkpoint's
     own class."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    if task == "feature-extraction" and architecture is not None:
+    if task in ("feature-extraction", "translation") and architecture is not None:
         return architecture
     return getattr(transformers, _AUTO[task])
 
@@ -116,6 +119,8 @@ def encode(
     rows.
     """
     tokenize = _Tokenize(tokenizer, max_length)
+    if task == "translation":
+        return _translations(rows, tokenize)
     if task == "text-classification":
         columns = [rows.texts(column) for column in range(len(rows.text))]
         inputs = tokenize(*columns)
@@ -127,6 +132,27 @@ def encode(
     return Dataset.from_dict(
         tokenize([text for c in range(len(rows.text)) for text in rows.texts(c)])
     )
+
+
+def _translations(rows: Rows, tokenize: _Tokenize) -> Dataset:
+    inputs = tokenize(rows.texts(0))
+    columns = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if len(rows.text) == 2:
+        columns["labels"] = targets(rows.texts(1), tokenize.tokenizer, tokenize.length)
+    return Dataset.from_dict(columns)
+
+
+def targets(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[int]]:
+    """Return the token ids of translations, each with its end, at most `max_length` of them.
+
+    Tokenizers that do not mark the end of a text get it marked here.
+    """
+    end = tokenizer.eos_token_id
+    limits = {"truncation": True, "max_length": max_length}
+    found: list[list[int]] = tokenizer(text_target=texts, **limits)["input_ids"]
+    return [ids if end in ids[-2:] else [*ids[: max_length - 1], end] for ids in found]
 
 
 @dataclass(frozen=True)
@@ -155,9 +181,13 @@ def _labelled_pairs(rows: Rows, tokenize: _Tokenize) -> Dataset:
 
 
 def collator(
-    task: str, tokenizer: PreTrainedTokenizerBase | None
+    task: str, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig | None = None
 ) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """Return the function that pads examples into a batch."""
+    if task == "translation":
+        assert config is not None
+        pad = tokenizer.pad_token_id if tokenizer is not None else config.pad_token_id
+        return PadPairs(int(pad or 0), int(config.decoder_start_token_id))
     if tokenizer is None:
         return _stack
     tokenizer = padding(tokenizer)
@@ -178,6 +208,39 @@ def padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     copied = copy.deepcopy(tokenizer)
     copied.pad_token = copied.eos_token or copied.unk_token
     return copied
+
+
+@dataclass(frozen=True)
+class PadPairs:
+    """Pad sources and targets into a batch.
+
+    The decoder reads the start token and the target without its last token. That is said here, and
+    not left to the model: mBART's own shift begins with the last token of the target, a language
+    code in its own checkpoints and the end of the sentence in all others.
+    """
+
+    pad: int
+    start: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask`, and of targets `labels` (-100 at padding) and
+        `decoder_input_ids`, all (B, L)."""
+        sources = [row["input_ids"] for row in rows]
+        batch = {
+            "input_ids": _padded(sources, self.pad),
+            "attention_mask": _padded([[1] * len(ids) for ids in sources], 0),
+        }
+        if "labels" in rows[0]:
+            labels = [row["labels"] for row in rows]
+            batch["labels"] = _padded(labels, -100)
+            shifted = [[self.start, *ids[:-1]] for ids in labels]
+            batch["decoder_input_ids"] = _padded(shifted, self.pad)
+        return batch
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
 def _stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

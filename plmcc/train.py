@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -28,6 +30,7 @@ from plmcc.diagnostics import PlmccError, error
 from plmcc.distill import Distillation
 from plmcc.recipe import Train
 from plmcc.rewrite import Replacement
+from plmcc.schedule import Average, TokenBatches
 from plmcc.tasks import Pooling, last_states, similarity_loss
 
 
@@ -63,9 +66,11 @@ def train(
     folder = tempfile.mkdtemp(prefix="plmcc-train-")
     try:
         with _trainable(model, settings, replacements), _forward_kept(model):
-            trainer = _made(model, settings, lesson, folder, [_Clock(objectives)])
+            average = Average(settings.average_last or 0)
+            trainer = _made(model, settings, lesson, folder, [_Clock(objectives), average])
             trainer.setup(settings, lesson, distill, objectives)
             _run(trainer)
+            average.finish(model)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     model.eval()
@@ -131,8 +136,14 @@ def check_lesson(settings: Train, lesson: Lesson) -> None:
         PlmccError: there is nothing to learn from, or settings exclude each other.
     """
     _check_dropout(settings)
+    _check_smoothing(settings, lesson)
     has_labels = "labels" in lesson.train.column_names
     makes_labels = lesson.task in ("fill-mask", "text-generation")
+    if lesson.task == "translation" and not has_labels:
+        if settings.distill is None or settings.distill.sequence is None:
+            cure = "name the translations with `target:`, or learn from a teacher's by `sequence:`"
+            raise error("PLM303", "the training rows have no translations", "train", cure=cure)
+        return
     if settings.distill is None and not has_labels and not makes_labels:
         message = (
             f"there is nothing to learn from: {lesson.task} without labels and without `distill`"
@@ -151,6 +162,14 @@ def _check_dropout(settings: Train) -> None:
             "train.dropout",
             cure="remove `gradient_checkpointing` or `dropout: false`",
         )
+
+
+def _check_smoothing(settings: Train, lesson: Lesson) -> None:
+    classes = lesson.task not in ("sentence-similarity", "feature-extraction")
+    if settings.arguments.get("label_smoothing_factor") and not classes:
+        message = f"{lesson.task} has no classes or tokens whose labels could be smoothed"
+        cure = "remove `label_smoothing_factor`"
+        raise error("PLM303", message, "train.arguments.label_smoothing_factor", cure=cure)
 
 
 def _arguments(settings: Train, lesson: Lesson, folder: str) -> TrainingArguments:
@@ -264,7 +283,10 @@ class _Trainer(Trainer):
         wanted = self.distill.needs if self.distill else {}
         # Evaluation mode switches off every kind of dropout in every architecture.
         model.train(self.settings.dropout and model.training)
-        output = model(**batch, **wanted)
+        # The models' own loss does not know label smoothing, and would be computed for nothing.
+        smoothed = self.args.label_smoothing_factor > 0
+        given = {k: v for k, v in batch.items() if not (smoothed and k == "labels")}
+        output = model(**given, **wanted)
         loss = self._task_loss(output, batch, labels if pairs else None)
         teacher = self.distill.teach(batch) if self.distill else None
         if self.distill and teacher is not None:
@@ -283,8 +305,37 @@ class _Trainer(Trainer):
         if labels is not None:
             pooled = self.lesson.pooling(last_states(output), batch["attention_mask"])
             return similarity_loss(pooled, labels)
+        if self.args.label_smoothing_factor and "labels" in batch:
+            return self._smoothed(output["logits"], batch["labels"])
         own = output.get("loss")
         return own if own is not None else torch.zeros((), device=self.args.device)
+
+    def _smoothed(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean of (1-e) * -log p(label) + e * mean over classes of -log p, labels -100 left out.
+
+        In float32 under autocast too; otherwise the formula of transformers' LabelSmoother.
+        """
+        if self.lesson.task == "text-generation":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        smoothing = self.args.label_smoothing_factor
+        flat = logits.float().flatten(0, -2)
+        return F.cross_entropy(flat, labels.flatten(), label_smoothing=smoothing)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return batches by tokens where asked, else the usual ones."""
+        if self.settings.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        sampler = TokenBatches(self.lesson.train, self.settings.tokens_per_batch, self.lesson.seed)
+        rows: Any = self.lesson.train
+        loader = DataLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the usual optimizer, then move the objectives' parameters into groups of their

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from plmcc.diagnostics import error
 from plmcc.lower import load
 from plmcc.probes import probe_inputs
+from plmcc.tasks import auto_class, task_of
 
 PROBES = "probes.safetensors"
 _NEW_TOKENS = 8
@@ -88,7 +89,7 @@ def compare(folder: Path) -> float:
     if not (folder / PROBES).exists():
         raise error("PLM402", "the artifact has no probes to compare with", str(folder))
     stored = load_file(folder / PROBES)
-    model = load(folder)
+    model = _loaded(folder)
     inputs = {k.removeprefix("input."): v for k, v in stored.items() if k.startswith("input.")}
     found = outputs(model, inputs)
     expected = stored["output.output"]
@@ -107,6 +108,16 @@ def compare(folder: Path) -> float:
             str(folder),
         )
     return difference
+
+
+def _loaded(folder: Path) -> PreTrainedModel:
+    """Load an artifact, or what training alone has written: a plain checkpoint."""
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        return load(folder)
+    kind = auto_class(task_of((config.architectures or [""])[0], folder), config)
+    model: PreTrainedModel = kind.from_pretrained(folder, config=config)
+    return model
 
 
 def in_fresh_process(folder: Path) -> float:

@@ -130,6 +130,16 @@ def tiny(name: str, *, dropout: float = 0.0, attention: str = "eager") -> PreTra
     return model
 
 
+def varied(name: str, attention: str = "eager") -> PreTrainedModel:
+    """A tiny model that does not repeat itself: with a tied head, each token calls for itself."""
+    model = tiny(name, attention=attention)
+    head: Any = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(_SEED)
+    head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=generator))
+    model.eval().requires_grad_(False)
+    return model
+
+
 def inputs(name: str, batch: int = 3, length: int = 10) -> dict[str, Tensor]:
     """Return keyword arguments for the model: ids `[batch, length]`, padded but for the first."""
     kind = _ENTRIES[name].kind
