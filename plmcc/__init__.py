@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from plmcc.api import Hard, Miss, Objective, Pass, Site, Soft
     from plmcc.compiler import Pipeline, Result, apply
     from plmcc.diagnostics import PlmccError
+    from plmcc.exported import Exported
     from plmcc.lower import compile, load
     from plmcc.program import Program
     from plmcc.recipe import Data, Distill, Evaluate, Lower, Recipe, Stage, Train, load_recipe
@@ -27,6 +28,7 @@ _NAMES = {
     "plmcc.api": ("Hard", "Miss", "Objective", "Pass", "Site", "Soft"),
     "plmcc.compiler": ("Pipeline", "Result", "apply"),
     "plmcc.diagnostics": ("PlmccError",),
+    "plmcc.exported": ("Exported",),
     "plmcc.lower": ("compile", "load"),
     "plmcc.program": ("Program",),
     "plmcc.recipe": (
@@ -45,6 +47,7 @@ __all__ = [
     "Data",
     "Distill",
     "Evaluate",
+    "Exported",
     "Hard",
     "Lower",
     "Miss",

@@ -130,6 +130,67 @@ def apply(
     typer.echo(f"written to {result.folder}; a fresh process reloaded it with the same outputs")
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or hub id.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the export goes.")
+    ],
+    to: Annotated[str, typer.Option("--to", help="What to export to: aoti.")] = "aoti",
+    beam: Annotated[int, typer.Option("--beam", min=1, help="The most beams to be asked for.")] = 4,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an export that plmcc wrote there.")
+    ] = False,
+) -> None:
+    """Compile a translation model ahead of time, to run without its Python code."""
+    if to != "aoti":
+        raise error("PLM502", "there is no such target", "--to", given=to, allowed="aoti")
+
+    from plmcc.export import export_directory
+    from plmcc.terminal import calm
+
+    calm()
+    export_directory(model, output, num_beams=beam, overwrite=overwrite)
+    typer.echo(f"written to {output}; its .pt2 files hold machine code")
+
+
+@app.command()
+def translate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model directory, hub id or export directory.")
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A sentence on each line; or stdin.")
+    ] = None,
+    beam: Annotated[
+        int | None, typer.Option("--beam", min=1, help="Beams; 1 is greedy search.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sentences at a time.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Longest translation.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile first: for long inputs.")
+    ] = False,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut sentences that are too long for the model.")
+    ] = False,
+) -> None:
+    """Translate lines from a file or stdin to stdout."""
+    from plmcc.terminal import calm
+    from plmcc.translate import Options, load_translator, stream
+
+    calm()
+    options = Options(beam, batch, max_new_tokens, truncate)
+    translator = load_translator(model, device, compiled)
+    if file is None:
+        stream(translator, sys.stdin.buffer, "stdin", options, sys.stdout.buffer)
+    else:
+        with file.open("rb") as opened:
+            stream(translator, opened, str(file), options, sys.stdout.buffer)
+
+
 def main() -> None:
     """Run the command line: a user error ends as text on stderr and exit code 1."""
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Loading artifacts and lowering them through torch.compile."""
+"""Loading artifacts and lowering them: torch.compile, and AOTInductor for `generate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from plmcc.artifact import METHOD
+from plmcc.compiled import CompiledPrograms
 from plmcc.diagnostics import error
+from plmcc.generate import Generate, translates
 from plmcc.tasks import auto_class, task_of
 
 
@@ -50,12 +52,16 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
 def compile(
     model: PreTrainedModel | str | Path, dynamic: bool = True, **options: Any
 ) -> PreTrainedModel:
-    """Compile a model, or an artifact, in place through torch.compile; `generate()` and all else
-    stay.
+    """Compile a model, or an artifact, in place; `generate()` and all else stay.
+
+    The forward pass goes through torch.compile. `generate` of an encoder-decoder runs programs of
+    plmcc (`plmcc.programs`): greedy and beam search give the tokens that transformers gives, and
+    whatever else is asked for is left to transformers. A program is compiled when it is first
+    needed, for all batch sizes and lengths; it keeps the weights of that moment.
 
     Args:
         model: a model, or the directory of an artifact.
-        dynamic: compile once for any batch size and length.
+        dynamic: compile the forward pass once for any batch size and length.
         options: passed on to `torch.compile`.
 
     Raises:
@@ -65,4 +71,7 @@ def compile(
         model = load(model)
     model.eval()
     model.compile(dynamic=dynamic, **options)
+    if translates(model):
+        generator: Any = Generate(model, CompiledPrograms(model))
+        model.generate = generator
     return model

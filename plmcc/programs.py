@@ -1,0 +1,226 @@
+"""An encoder-decoder as two programs of tensors: `Encode` (the source) and `Step` (one token of the
+target). The model's own code runs in them, over caches of ours.
+
+Shape suffixes: B sentences, R rows (a sentence has one for each beam), S source tokens, T places in
+the self-attention cache, H heads, D width of a head (keys and values may differ), E width of hidden
+states, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class Encode(nn.Module):
+    """Read the source.
+
+    Called with `source_BS` and `mask_BS` (int64; 1 is a token, 0 padding). Returns `mask_B11S`, to
+    be added to the scores of cross-attention, then the keys of each layer's cross-attention and
+    the values of each (`BHSD`).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(  # noqa: D102, as the class says
+        self, source_BS: Tensor, mask_BS: Tensor
+    ) -> tuple[Tensor, ...]:
+        encoder: Any = self.model.get_encoder()
+        hidden = encoder(input_ids=source_BS, attention_mask=mask_BS).last_hidden_state
+        mask_B11S = (1 - mask_BS).to(hidden.dtype)[:, None, None, :] * torch.finfo(hidden.dtype).min
+        # The decoder makes its own keys and values of the source; what else it computes here is
+        # not returned, so that no compiler keeps it.
+        _, caches = recorded(self.model, source_BS[:, 0], hidden, mask_B11S)
+        # `Step` is compiled for this layout, and does not check.
+        return (mask_B11S, *(cache.contiguous() for cache in caches))
+
+
+def recorded(
+    model: PreTrainedModel, token_R: Tensor, hidden_RSE: Tensor, mask_R11S: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run the decoder on one first token.
+
+    Returns:
+        The self-attention caches `RHTD` (T is 1) and the cross-attention caches `RHSD`: keys of all
+        layers, then values of all layers.
+    """
+    size = decoder_layers(model)
+    own, cross = ([_Recorded() for _ in range(size)] for _ in range(2))
+    self_mask = mask_R11S.new_zeros(token_R.shape[0], 1, 1, 1)
+    cache = EncoderDecoderCache(Cache([*own]), Cache([*cross]))
+    _decode(model, token_R, hidden_RSE, self_mask, mask_R11S, cache)
+    return _tensors(own), _tensors(cross)
+
+
+class Step(nn.Module):
+    """Read one token of the target in each row.
+
+    Called with `token_R` (int64), `parent_R` (int64: the row of the self-attention caches that a
+    row continues), `position` (int64 of shape `[1]`: tokens read before), `mask_R11S`, and a list
+    of caches: self-attention keys of all layers, values of all layers (`RHTD`), then those of
+    cross-attention (`RHSD`). Returns the best candidates, `scores_RK` and `tokens_RK`. With one
+    candidate, rows continue themselves and the caches are written in place. With more, the new
+    self-attention caches follow, in the order they came.
+    """
+
+    def __init__(self, model: PreTrainedModel, candidates: int) -> None:
+        super().__init__()
+        self.model = model
+        self.candidates = candidates
+
+    def forward(  # noqa: D102, as the class says
+        self,
+        token_R: Tensor,
+        parent_R: Tensor,
+        position: Tensor,
+        mask_R11S: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        size = decoder_layers(self.model)
+        keys, values, cross_keys, cross_values = (
+            caches[start : start + size] for start in range(0, 4 * size, size)
+        )
+        parents = parent_R if self.candidates > 1 else None
+        own = [_Written(k, v, position, parents) for k, v in zip(keys, values, strict=True)]
+        cross = [_Fixed(k, v) for k, v in zip(cross_keys, cross_values, strict=True)]
+        cache = EncoderDecoderCache(Cache([*own]), Cache([*cross]))
+        places_T = torch.arange(keys[0].shape[2], device=position.device)
+        lowest = torch.finfo(mask_R11S.dtype).min
+        self_mask = (places_T > position).to(mask_R11S.dtype)[None, None, None, :] * lowest
+        # Only its presence and shape count: keys and values are in the cache.
+        hidden = mask_R11S.new_zeros(()).expand(
+            token_R.shape[0], cross_keys[0].shape[2], self.model.config.hidden_size
+        )
+        logits = _decode(self.model, token_R, hidden, self_mask, mask_R11S, cache)
+        found = best(logits, self.candidates)
+        if parents is None:
+            return found
+        return (*found, *_tensors(own))
+
+
+def decoder_layers(model: PreTrainedModel) -> int:
+    """Return the number of decoder layers."""
+    config: Any = model.config
+    for name in ("decoder_layers", "num_decoder_layers"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return int(config.num_hidden_layers)
+
+
+def best(logits_RV: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """Return the `candidates` best tokens of each row: log probabilities and ids, best first.
+
+    A single candidate comes with its logit: greedy search needs no probability.
+    """
+    if candidates == 1:
+        scores_R, tokens_R = logits_RV.float().max(-1)
+        return scores_R[:, None], tokens_R[:, None]
+    scores_RV = logits_RV.float().log_softmax(-1)
+    scores_RK, tokens_RK = scores_RV.topk(candidates, dim=-1)
+    return scores_RK, tokens_RK
+
+
+def _decode(
+    model: nn.Module,
+    token_R: Tensor,
+    hidden_RSE: Tensor,
+    self_mask: Tensor,
+    cross_mask: Tensor,
+    cache: EncoderDecoderCache,
+) -> Tensor:
+    # Masks of four dimensions to be added are taken as they are, by every attention.
+    output = model(
+        decoder_input_ids=token_R[:, None],
+        decoder_attention_mask=self_mask,
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden_RSE),
+        attention_mask=cross_mask,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def _tensors(layers: Sequence[_Layer]) -> list[Tensor]:
+    return [*(layer.keys for layer in layers), *(layer.values for layer in layers)]
+
+
+class _Layer(CacheLayerMixin):
+    """A layer's cache. Its keys and values are tensors from the start, but for `_Recorded`."""
+
+    is_compileable = True
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise AssertionError("masks are given whole")
+
+
+class _Recorded(_Layer):
+    """Keeps the keys and values of the first token, or of the source."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class _Fixed(_Layer):
+    """Keys and values of the source."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the cache says that it is complete")
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2]  # type: ignore[no-any-return]
+
+
+class _Written(_Layer):
+    """Keys and values of the tokens read before, with room for more: written at `position`."""
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, position: Tensor, parents: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.position, self.parents = position, parents
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.keys = self._write(self.keys, key_states)
+        self.values = self._write(self.values, value_states)
+        return self.keys, self.values
+
+    def _write(self, cache: Tensor, new: Tensor) -> Tensor:
+        # What is moved for the beams is copied, in the layout that the next step relies on.
+        moved = cache if self.parents is None else cache.index_select(0, self.parents)
+        return moved.index_copy_(2, self.position, new)
+
+    def get_seq_length(self) -> Any:
+        return self.position[0]

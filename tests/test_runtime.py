@@ -1,0 +1,209 @@
+"""Compiled encoder-decoders: the tokens of transformers' `generate`, whatever is asked for."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tiny import EOS, PAD, VOCAB, prompt, tiny, varied
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import plmcc
+from plmcc import compiled
+from plmcc.compiled import CompiledPrograms, cache_shapes
+from plmcc.generate import Generate
+from plmcc.programs import Encode, Step
+
+NAMES = ("marian", "bart", "mbart", "t5", "t5_gated")
+
+
+class Uncompiled:
+    """The programs as they are traced, run by Python."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.shapes = cache_shapes(model)
+        self.steps = 0
+
+    def encode(self, source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
+        return list(Encode(self.model)(source_BS, mask_BS))
+
+    def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
+        self.steps += 1
+        return list(Step(self.model, candidates)(*inputs[:4], inputs[4:]))
+
+
+def same(model: PreTrainedModel, generate: Any, given: dict[str, Tensor], **options: Any) -> None:
+    kind: Any = type(model)
+    expected = kind.generate(model, **given, **options)
+    found = generate(**given, **options)
+    assert torch.equal(expected, found), (options, expected.tolist(), found.tolist())
+
+
+SEARCHES: list[dict[str, Any]] = [
+    {"num_beams": 1},
+    {"num_beams": 4},
+    {"num_beams": 3, "early_stopping": True},
+    {"num_beams": 2, "early_stopping": "never", "length_penalty": 2.0},
+    {"num_beams": 4, "length_penalty": 0.0},
+    {"num_beams": 1, "forced_bos_token_id": 5},
+    {"num_beams": 4, "forced_bos_token_id": 5, "forced_eos_token_id": 7},
+    {"num_beams": 1, "eos_token_id": [2, 11, 12, 13, 14, 15, 16]},
+    {"num_beams": 2, "eos_token_id": [2, 11, 12, 13, 14, 15, 16]},
+    {"num_beams": 2, "pad_token_id": 9},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_searches_give_the_tokens_of_transformers(name: str, attention: str) -> None:
+    model = varied(name, attention)
+    programs = Uncompiled(model)
+    generate = Generate(model, programs)
+    for options, (batch, length, longest) in itertools.product(
+        SEARCHES, [(1, 6, 20), (5, 9, 12), (2, 1, 2), (3, 4, 1)]
+    ):
+        given = {k: v[:, :length] for k, v in prompt(name, batch, max(length, 6)).items()}
+        given["attention_mask"][:, 0] = 1
+        before = programs.steps
+        same(model, generate, given, max_new_tokens=longest, **options)
+        assert programs.steps > before
+        assert programs.steps <= before + longest
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_sentence_that_ends_at_once(beams: int) -> None:
+    model: Any = varied("bart")
+    model.final_logits_bias[0, EOS] = 1e4
+    generate = Generate(model, Uncompiled(model))
+    same(model, generate, prompt("bart"), num_beams=beams, max_new_tokens=10)
+
+
+def test_rows_that_have_ended_are_dropped() -> None:
+    model = varied("bart")
+    programs = Uncompiled(model)
+    sizes: list[int] = []
+    step = programs.step
+
+    def counted(candidates: int, inputs: list[Tensor]) -> list[Tensor]:
+        sizes.append(len(inputs[0]))
+        return step(candidates, inputs)
+
+    programs.step = counted  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(0)
+    given = {"input_ids": torch.randint(EOS + 1, VOCAB, (12, 8), generator=generator)}
+    ends = list(range(2, 16))
+    same(model, Generate(model, programs), given, max_new_tokens=30, eos_token_id=ends)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 12
+    assert 2 <= min(sizes) < 6
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": [7]},
+        {"bad_words_ids": [[7]]},
+        {"min_new_tokens": 4},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"decoder_input_ids": torch.tensor([[2, 5, 6]] * 3)},
+        {"use_cache": False},
+        {"max_new_tokens": 60},  # more than the position table: transformers' own error
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_everything_else_is_left_to_transformers(options: dict[str, Any]) -> None:
+    model: Any = tiny("bart")
+    programs = Uncompiled(model)
+    results = []
+    for generate in (model.generate, Generate(model, programs)):
+        torch.manual_seed(0)
+        try:
+            given: dict[str, Any] = {**prompt("bart"), "max_new_tokens": 6, **options}
+            found: Any = generate(**given)
+            results.append(getattr(found, "sequences", found))
+        except (IndexError, RuntimeError) as problem:
+            results.append(type(problem))
+    assert programs.steps == 0
+    if isinstance(results[0], Tensor):
+        assert torch.equal(*results)
+    else:
+        assert results[0] is results[1]
+
+
+def test_without_a_length_transformers_default_and_its_warning_hold() -> None:
+    model: Any = tiny("bart")
+    generate: Any = Generate(model, Uncompiled(model))
+    with pytest.warns(UserWarning, match="max_new_tokens"):
+        found = generate(**prompt("bart"))
+    with pytest.warns(UserWarning, match="max_new_tokens"):
+        assert torch.equal(found, model.generate(**prompt("bart")))
+
+
+def test_padding_without_a_mask_is_left_to_transformers() -> None:
+    model = tiny("bart")
+    ids = torch.tensor([[5, 6, 7, PAD]])
+    same(model, Generate(model, Uncompiled(model)), {"input_ids": ids}, max_new_tokens=5)
+
+
+def test_keys_and_values_of_other_widths() -> None:
+    from plmcc import Pipeline
+    from plmcc.passes.compressed_attention import CompressedAttention
+
+    model = varied("mbart")
+    Pipeline([CompressedAttention()])(model)
+    model.eval()
+    assert len(set(cache_shapes(model))) > 1
+    generate = Generate(model, Uncompiled(model))
+    for beams in (1, 4):
+        same(model, generate, prompt("mbart"), num_beams=beams, max_new_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def t5() -> PreTrainedModel:
+    return plmcc.compile(varied("t5"))
+
+
+def test_a_compiled_model_compiles_nothing_after_its_first_use(
+    t5: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for beams in (1, 4):
+        same(t5, t5.generate, prompt("t5"), num_beams=beams, max_new_tokens=4)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a program is compiled again")
+
+    monkeypatch.setattr(compiled, "package", refuse)
+    generator = torch.Generator().manual_seed(1)
+    for batch, length, beams, longest in itertools.product((1, 7), (1, 33), (1, 4), (40,)):
+        ids = torch.randint(EOS + 1, VOCAB, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1:, 2:] = 0
+        given = {"input_ids": ids, "attention_mask": mask}
+        same(t5, t5.generate, given, num_beams=beams, max_new_tokens=longest)
+
+
+def test_a_compiled_model_stays_a_model(t5: PreTrainedModel) -> None:
+    given = prompt("t5") | {"decoder_input_ids": torch.tensor([[PAD, 5]] * 3)}
+    plain = varied("t5")
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(t5(**given).logits, plain(**given).logits)
+    assert set(t5.state_dict()) == set(plain.state_dict())
+
+
+def test_a_copy_has_programs_of_its_own(t5: PreTrainedModel) -> None:
+    copied: Any = copy.deepcopy(t5)
+    assert isinstance(copied.generate, Generate)
+    assert copied.generate.model is copied
+    assert isinstance(copied.generate.programs, CompiledPrograms)
+    assert copied.generate.programs.model is copied
