@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, cast
 
@@ -53,9 +54,18 @@ class CompressedAttention(Pass):
     """`fold`: fitted to what the trained layer computes. `random`: the paper's, to train anew."""
     fold_steps: int = Field(200, ge=0, le=100_000)
     """Fold: gradient steps on the layer's output after the least squares."""
+    seed: int = Field(0, ge=0)
+    """Of the random weights."""
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the decoder layers whose three sub-layers can be merged."""
+        if not program.model.config.is_encoder_decoder:
+            # Said once, and not that the default target names nothing.
+            if self.targets != type(self).model_fields["targets"].default:
+                program.resolve(self.targets, "layer", self.expect)
+            reason = "it has no cross-attention: only an encoder-decoder has sub-layers to merge"
+            yield Miss(type(program.model).__name__, reason)
+            return
         for found in program.resolve(self.targets, "layer", self.expect):
             layer = found if isinstance(found, Miss) else program.layer(found.path)
             parts = layer if isinstance(layer, Miss) else read(layer)
@@ -69,7 +79,10 @@ class CompressedAttention(Pass):
         """Return the trainable merged sub-layer, at random or fitted to the layer's outputs."""
         parts: Parts = site.facts["parts"]
         weight = parts.up.weight
-        soft = SoftAttention(parts, self.activation).to(weight.device, weight.dtype)
+        # Every layer its own weights, the same in every run.
+        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(site.path.encode()))
+        soft = SoftAttention(parts, self.activation, generator)
+        soft.to(weight.device, weight.dtype)
         if self.initialisation == "fold" and not weight.is_meta:
             calls = site.facts["program"].record(site.path)
             soft.errors = fold(soft, site.module, parts, calls, self.fold_steps)
@@ -221,7 +234,7 @@ def _masked(scores: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor
 class SoftAttention(Soft, _Attention):
     """The trainable form: every projection a linear of its own, initialised as in the paper."""
 
-    def __init__(self, parts: Parts, activation: str) -> None:
+    def __init__(self, parts: Parts, activation: str, generator: torch.Generator) -> None:
         gated = parts.gate is not None
         _Attention.__init__(self, parts.num_heads, parts.head_dim, gated)
         self.adapt(parts, activation)
@@ -241,9 +254,9 @@ class SoftAttention(Soft, _Attention):
         self.encoder_k_proj = linear(memory, inner, from_[f"{cross}k"])
         self.encoder_v_proj = linear(memory, values, from_[f"{cross}v"])
         self.out_proj = linear(parts.down.in_features, parts.down.out_features, parts.down)
-        self._initialise()
+        self._initialise(generator)
 
-    def _initialise(self) -> None:
+    def _initialise(self, generator: torch.Generator) -> None:
         """Xavier uniform with the fans of the fused matrices, and zero biases."""
         groups: list[list[nn.Linear]] = [
             [self.q_proj, self.k_proj, self.v_proj],
@@ -254,7 +267,8 @@ class SoftAttention(Soft, _Attention):
         for group in groups:
             fan = group[0].in_features + sum(linear.out_features for linear in group)
             for linear in group:
-                nn.init.uniform_(linear.weight, -math.sqrt(6 / fan), math.sqrt(6 / fan))
+                bound = math.sqrt(6 / fan)
+                nn.init.uniform_(linear.weight, -bound, bound, generator)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
 

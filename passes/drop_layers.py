@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plmcc.api import Hard, Miss, Pass, Site, Soft
+from plmcc.diagnostics import error
 from plmcc.program import Program
 
 Index = Annotated[int, Field(ge=0)]
@@ -50,7 +51,8 @@ class DropLayers(Pass):
         found = [self._stack(program, path) for path in stacks]
         count = sum(isinstance(site, Site) for site in found)
         if self.expect is not None and count != self.expect:
-            raise ValueError(f"the targets match {count} stacks, expected {self.expect}")
+            message = f"the targets match {count} stacks, expected {self.expect}"
+            raise error("PLM202", message, "targets", given=", ".join(stacks))
         yield from found
 
     def _stack(self, program: Program, path: str) -> Site | Miss:
