@@ -648,6 +648,8 @@ def test_without_plmcc_nothing_loads(
     name: str, keep: Callable[[Case], Written], tmp_path: Path
 ) -> None:
     cases = [keep(Case(name, model)) for model in NAMES if not refusal(name, model)]
+    # A shorter stack has all of its own weights: a concrete class loads it as it is, rightly.
+    cases = [made for made in cases if any(site.kind != "stack" for site in made.sites)]
     tiny("bert").save_pretrained(tmp_path)
     asked = [(str(tmp_path), "BertForMaskedLM")]
     asked += [(str(made.folder), type(made.model).__name__) for made in cases]
