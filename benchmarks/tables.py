@@ -41,7 +41,27 @@ def _minilm_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {"minilm_codes": minilm_codes}
+def codes_initialisation(rows: list[dict[str, Any]]) -> str:
+    head = ("", "codes", "relative error", "mean distance", "seconds")
+    return markdown(
+        head,
+        [
+            (
+                row["initialisation"],
+                f"{row['codebooks']} of {row['codewords']}",
+                f"{row['relative_error']:.3f}",
+                f"{row['mean_distance']:.3f}",
+                f"{row['seconds']:.0f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "codes_initialisation": codes_initialisation,
+    "minilm_codes": minilm_codes,
+}
 
 
 def filled(text: str) -> str:

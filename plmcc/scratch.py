@@ -75,6 +75,8 @@ def _config_class(recipe: Recipe, asked: Scratch) -> Any:
 
 def _check_keys(recipe: Recipe, asked: Scratch, kind: Any) -> None:
     names = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    # transformers takes it as an argument of every config. Short rows train faster with "eager".
+    names |= {"attn_implementation"}
     for key in asked.config:
         if key != "model_type" and key not in names:
             place = recipe.place(("model", "config", key), key=True)

@@ -604,6 +604,8 @@ def test_hard_modules_compile_to_one_graph(name: str, device: str, backend: str)
 
 def check_compiled(case: Case, model: PreTrainedModel, site: Site, backend: str) -> None:
     hard = model.get_submodule(site.path)
+    if isinstance(hard, torch.nn.ModuleList):  # a stack is called layer by layer
+        hard = hard[0]
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hook = hard.register_forward_pre_hook(
         lambda _, args, options: seen.append((args, options)), with_kwargs=True
