@@ -1,0 +1,302 @@
+"""Translation on Multi30k de-en: compressed decoder attention against standard decoders.
+
+    python benchmarks/translation.py --data ../shared/data/multi30k --work out/translation
+
+Systems, each trained by a recipe of `recipes/` with the same data, seed and number of updates:
+
+    A  translation-6-6                         standard layers
+    B  translation-12-2                        standard layers
+    C  compressed_attention-12-2               compressed attention from scratch
+    D  compressed_attention-12-2-distilled     the same, on A's translations
+    E  compressed_attention-fold               A, converted and fine-tuned
+
+Each runs eager (`model.generate`), compiled (`plmcc.compile`) and exported (`plmcc export`), and A
+also in CTranslate2 if that is installed. All systems of one setting take turns in one process on
+the first test sentences; a row's tokens per second are the median over rounds. BLEU is that of
+beam 4 or greedy search on the whole test set; choices were made on val. Finished artifacts in
+--work are used again; a system that cannot be trained for want of time is left out by --systems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sacrebleu
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import plmcc
+from plmcc.bench import measure_generation
+from plmcc.export import export_model
+from plmcc.report import hardware, versions
+from plmcc.size import file_bytes
+from plmcc.source import load_source, write_json
+from plmcc.translation import generated
+
+ROOT = Path(__file__).parent.parent
+RECIPES = {
+    "A": "translation-6-6",
+    "B": "translation-12-2",
+    "C": "compressed_attention-12-2",
+    "D": "compressed_attention-12-2-distilled",
+    "E": "compressed_attention-fold",
+}
+SETTINGS = [(batch, beams) for batch in (1, 16, 64) for beams in (1, 4)]
+SENTENCES = {1: 24, 16: 96, 64: 192}  # a round of each batch size takes about as long
+LONGEST = 100
+
+
+def lines(file: Path) -> list[str]:
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        return stream.read().splitlines()
+
+
+def log(*words: object) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+def train(system: str, data: Path, work: Path, settings: list[str], teacher: Path) -> Path:
+    """Apply a system's recipe unless its artifact is there; a relative data file is in `data`."""
+    folder = teacher if system == "A" else work / system
+    if folder.exists():
+        return folder
+    log(f"training {system}")
+    sets = list(settings)
+    if system in "BCD" and teacher.exists():
+        sets += [f"model.tokenizer={teacher}"]
+    if system == "D":
+        sets += [f"train.distill.teacher={teacher}"]
+        sets += [f"train.distill.sequence.cache={work / 'teacher-translations'}"]
+    recipe = plmcc.load_recipe(ROOT / "recipes" / f"{RECIPES[system]}.yaml", sets, real=True)
+    base: Any = teacher if system == "E" else None
+    plmcc.apply(recipe, base, folder, base=data, say=log)
+    return folder
+
+
+class System:
+    """A trained model in its three forms."""
+
+    def __init__(self, name: str, folder: Path, work: Path) -> None:
+        self.name, self.folder, self.work = name, folder, work
+        source = load_source(folder, "translation")
+        self.model: PreTrainedModel = source.model.float().eval().requires_grad_(False)
+        self.tokenizer: PreTrainedTokenizerBase = source.need_tokenizer("translation")
+
+    def form(self, mode: str) -> Callable[..., Tensor]:
+        if mode == "eager":
+            return self.model.generate  # type: ignore[no-any-return, attr-defined]
+        if mode == "compiled":
+            compiled: Any = plmcc.compile(copy.deepcopy(self.model))
+            return compiled.generate  # type: ignore[no-any-return]
+        folder = self.work / f"{self.name}-aoti"
+        if not folder.exists():
+            export_model(self.model, self.tokenizer, folder)
+        return plmcc.Exported(folder).generate
+
+    def bleu(self, sources: list[list[int]], references: list[str], beams: int) -> float:
+        found = generated(self.model, sources, beams, LONGEST)
+        texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
+        return round(sacrebleu.corpus_bleu(texts, [references]).score, 2)
+
+
+class CTranslate2:
+    """A in CTranslate2, with the arguments of `generate`."""
+
+    def __init__(self, system: System, work: Path, kind: str, threads: int) -> None:
+        library = importlib.import_module("ctranslate2")
+        folder = work / f"ctranslate2-{system.name}"
+        if not folder.exists():
+            _convert(library, system, folder)
+        settings = {"compute_type": kind, "inter_threads": 1, "intra_threads": threads}
+        self.translator = library.Translator(str(folder), device="cpu", **settings)
+        self.tokenizer, self.config = system.tokenizer, system.model.generation_config
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, num_beams: int, max_new_tokens: int
+    ) -> Tensor:
+        tokens = [
+            self.tokenizer.convert_ids_to_tokens(row[mask.bool()].tolist())
+            for row, mask in zip(input_ids, attention_mask, strict=True)
+        ]
+        found = self.translator.translate_batch(
+            tokens, beam_size=num_beams, max_decoding_length=max_new_tokens
+        )
+        ends: Any = self.config.eos_token_id
+        rows = [
+            [0, *self.tokenizer.convert_tokens_to_ids(result.hypotheses[0]), ends]
+            for result in found
+        ]
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+
+
+def _convert(library: Any, system: System, folder: Path) -> None:
+    """CTranslate2's own converter reads mBART only with mBART's tokenizer: the weights go into its
+    specification by name."""
+    common = importlib.import_module("ctranslate2.specs.transformer_spec")
+    specs = importlib.import_module("ctranslate2.specs")
+    model, config = system.model, system.model.config
+    spec: Any = common.TransformerSpec.from_config(
+        (config.encoder_layers, config.decoder_layers),
+        config.encoder_attention_heads,
+        pre_norm=True,
+        activation=specs.common_spec.Activation.RELU,
+        layernorm_embedding=True,
+    )
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    for side, part in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+        _fill_stack(part, state, f"model.{side}", model, side == "decoder")
+    spec.decoder.projection.weight = state["lm_head.weight"]
+    spec.decoder.projection.bias = state["final_logits_bias"].ravel()
+    tokenizer = system.tokenizer
+    vocabulary = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
+    spec.register_source_vocabulary(vocabulary)
+    spec.register_target_vocabulary(vocabulary)
+    spec.config.bos_token = tokenizer.convert_ids_to_tokens(config.decoder_start_token_id)
+    spec.config.eos_token = tokenizer.eos_token
+    spec.config.unk_token = tokenizer.unk_token
+    spec.config.decoder_start_token = spec.config.bos_token
+    spec.config.add_source_bos = False
+    spec.config.add_source_eos = False
+    spec.validate()
+    spec.optimize(quantization=None)
+    folder.mkdir(parents=True)
+    spec.save(str(folder))
+
+
+def _fill_stack(part: Any, state: Any, at: str, model: Any, decoder: bool) -> None:
+    scale = model.config.d_model**0.5
+    table = part.embeddings[0] if isinstance(part.embeddings, list) else part.embeddings
+    table.weight = state["model.shared.weight"]
+    part.scale_embeddings = scale
+    part.position_encodings.encodings = state[f"{at}.embed_positions.weight"][2:]
+    for name, target in (
+        ("layernorm_embedding", part.layernorm_embedding),
+        ("layer_norm", part.layer_norm),
+    ):
+        _norm(target, state, f"{at}.{name}")
+    for index, layer in enumerate(part.layer):
+        own = f"{at}.layers.{index}"
+        _norm(layer.self_attention.layer_norm, state, f"{own}.self_attn_layer_norm")
+        _attention(layer.self_attention, state, f"{own}.self_attn", cross=False)
+        if decoder:
+            _norm(layer.attention.layer_norm, state, f"{own}.encoder_attn_layer_norm")
+            _attention(layer.attention, state, f"{own}.encoder_attn", cross=True)
+        _norm(layer.ffn.layer_norm, state, f"{own}.final_layer_norm")
+        _linear(layer.ffn.linear_0, state, [f"{own}.fc1"])
+        _linear(layer.ffn.linear_1, state, [f"{own}.fc2"])
+
+
+def _attention(target: Any, state: Any, at: str, cross: bool) -> None:
+    groups = [["q_proj"], ["k_proj", "v_proj"]] if cross else [["q_proj", "k_proj", "v_proj"]]
+    for linear, names in zip(target.linear, [*groups, ["out_proj"]], strict=True):
+        _linear(linear, state, [f"{at}.{name}" for name in names])
+
+
+def _linear(target: Any, state: Any, names: list[str]) -> None:
+    numpy: Any = importlib.import_module("numpy")
+    target.weight = numpy.concatenate([state[f"{name}.weight"] for name in names])
+    target.bias = numpy.concatenate([state[f"{name}.bias"] for name in names])
+
+
+def _norm(target: Any, state: Any, at: str) -> None:
+    target.gamma, target.beta = state[f"{at}.weight"], state[f"{at}.bias"]
+
+
+def rivals(system: System, work: Path, threads: int) -> dict[str, Callable[..., Tensor]]:
+    try:
+        importlib.import_module("ctranslate2")
+    except ImportError:
+        log("ctranslate2 is not installed: no comparison with it")
+        return {}
+    return {
+        f"A ctranslate2 {kind}": CTranslate2(system, work, kind, threads).generate
+        for kind in ("float32", "int8")
+    }
+
+
+def measured(
+    systems: list[System], data: Path, work: Path, threads: int, rounds: int, modes: list[str]
+) -> list[dict[str, Any]]:
+    tokenizer = systems[0].tokenizer
+    sources = [tokenizer(text)["input_ids"] for text in lines(data / "test_2016_flickr.de.gz")]
+    references = lines(data / "test_2016_flickr.en.gz")
+    bleu = {
+        (s.name, beams): s.bleu(sources, references, beams) for s in systems for beams in (1, 4)
+    }
+    log(bleu)
+    forms = {f"{s.name} {mode}": s.form(mode) for mode in modes for s in systems}
+    first = next((s for s in systems if s.name == "A"), None)
+    forms |= rivals(first, work, threads) if first else {}
+    rows = []
+    for batch, beams in SETTINGS:
+        found = measure_generation(
+            forms, sources[: SENTENCES[batch]], batch, beams,
+            pad=0, eos=1, max_new_tokens=LONGEST, rounds=rounds,
+        )  # fmt: skip
+        for item in found:
+            system, _, mode = item.name.partition(" ")
+            rows.append({
+                "system": system, "mode": mode, "device": "cpu", "batch": batch, "beam": beams,
+                "tokens_per_second": round(item.tokens_per_second, 1),
+                "spread": round(item.spread, 1),
+                "bleu_test": bleu[system, beams] if "int8" not in mode else None,
+            })  # fmt: skip
+            log(rows[-1])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the folder of Multi30k")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, help="a trained A; else its recipe is applied")
+    parser.add_argument("--systems", default="ABCDE")
+    parser.add_argument("--modes", nargs="*", default=["eager", "compiled", "exported"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--set", nargs="*", default=[], dest="settings", help="for all recipes")
+    parser.add_argument("--note", help="written into the results")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/translation.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    work, data = arguments.work, arguments.data.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    teacher = (arguments.teacher or work / "A").resolve()
+    folders = {
+        name: train(name, data, work, arguments.settings, teacher)
+        for name in dict.fromkeys(f"A{arguments.systems}")
+    }
+    systems = [System(name, folders[name], work) for name in arguments.systems]
+    rows = measured(systems, data, work, arguments.threads, arguments.rounds, arguments.modes)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    result = {
+        "command": f"python benchmarks/translation.py --data ../shared/data/multi30k --work out "
+        f"--systems {arguments.systems} --threads {arguments.threads}",
+        "commit": commit.stdout.strip(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "seeds": [0],
+        "bytes": {s.name: file_bytes(s.folder) for s in systems},
+        "rows": rows,
+    }
+    if arguments.note:
+        result["note"] = arguments.note
+    write_json(arguments.output, result)
+
+
+if __name__ == "__main__":
+    main()
