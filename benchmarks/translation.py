@@ -93,7 +93,8 @@ class System:
 
     def form(self, mode: str) -> Callable[..., Tensor]:
         if mode == "eager":
-            return self.model.generate  # type: ignore[no-any-return, attr-defined]
+            eager: Any = self.model
+            return eager.generate  # type: ignore[no-any-return]
         if mode == "compiled":
             compiled: Any = plmcc.compile(copy.deepcopy(self.model))
             return compiled.generate  # type: ignore[no-any-return]
@@ -131,10 +132,8 @@ class CTranslate2:
             tokens, beam_size=num_beams, max_decoding_length=max_new_tokens
         )
         ends: Any = self.config.eos_token_id
-        rows = [
-            [0, *self.tokenizer.convert_tokens_to_ids(result.hypotheses[0]), ends]
-            for result in found
-        ]
+        convert: Any = self.tokenizer.convert_tokens_to_ids
+        rows = [[0, *convert(result.hypotheses[0]), ends] for result in found]
         longest = max(map(len, rows))
         return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
 

@@ -19,8 +19,8 @@ from plmcc.programs import Encode, Step, recorded
 
 # Freezing packs the weights of linear layers for oneDNN. On 2 cores of an EPYC 9004, the linear
 # layers of a step took 2.0 ms so and 2.9 ms through MKL at one row, 2.2 and 4.4 ms at four.
-# Shapes are dynamic: a bucket would be a program more to compile (20 to 40 s), and dynamic loops
-# around the same oneDNN calls cost nothing that could be measured.
+# Shapes are dynamic, since a bucket would be a program more to compile (20 to 40 s); what static
+# shapes would gain has not been measured.
 _OPTIONS = {"freezing": True, "cpp.dynamic_threads": True}
 
 

@@ -91,8 +91,7 @@ class DecoderRows:
     def keep(self, row_R: Tensor) -> None:
         """Go on with these rows."""
         if len(row_R) == 1:
-            # The programs take two rows or more: torch.export would make one row another program,
-            # and oneDNN is no faster on a single row.
+            # The programs take two rows or more: torch.export would make one row another program.
             row_R = row_R.expand(2)
         row_R = row_R.to(self.mask.device)
         self.mask = self.mask.index_select(0, row_R)
