@@ -58,9 +58,42 @@ def codes_initialisation(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def translation(rows: list[dict[str, Any]]) -> str:
+    settings = list(dict.fromkeys((row["batch"], row["beam"]) for row in rows))
+    systems = dict.fromkeys((row["system"], row["mode"]) for row in rows)
+    found = {(r["system"], r["mode"], r["batch"], r["beam"]): r for r in rows}
+    head = ("", "BLEU", *(f"{batch} / {beam}" for batch, beam in settings))
+    lines = []
+    for system, mode in systems:
+        cells = [found[system, mode, *setting] for setting in settings]
+        bleu = max(cells, key=lambda cell: cell["beam"])["bleu_test"]
+        rates = (f"{cell['tokens_per_second']:.0f}" for cell in cells)
+        lines.append((f"{system}, {mode}", f"{bleu:.2f}" if bleu else "", *rates))
+    return markdown(head, lines)
+
+
+def joint_attention(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(row["kernel"] for row in rows))
+    keys = ("rows", "queries", "source", "target")
+    shapes: dict[tuple[int, ...], dict[str, float]] = {}
+    for row in rows:
+        times = shapes.setdefault(tuple(row[key] for key in keys), {})
+        times[row["kernel"]] = row["microseconds"]
+    head = ("rows x queries, source + target", *names)
+    return markdown(
+        head,
+        [
+            (f"{r} x {q}, {s} + {t}", *(f"{times[name]:.0f}" for name in names))
+            for (r, q, s, t), times in shapes.items()
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "codes_initialisation": codes_initialisation,
+    "joint_attention": joint_attention,
     "minilm_codes": minilm_codes,
+    "translation": translation,
 }
 
 

@@ -17,13 +17,14 @@ from plmcc.bench import Latency, measure
 from plmcc.data import Rows
 from plmcc.diagnostics import error
 from plmcc.evaluate import Evaluator
+from plmcc.generate import translates
 from plmcc.lessons import classes_shown, evaluation_rows, lesson_of, with_teacher
-from plmcc.output import free, outside, write
+from plmcc.output import free, write
 from plmcc.probes import probe_inputs
 from plmcc.recipe import Evaluate, Recipe, Scratch, Stage, Train
 from plmcc.scratch import new_source
 from plmcc.size import component_bytes
-from plmcc.source import Source, load_source
+from plmcc.source import Source, load_source, outside
 from plmcc.train import Lesson, train
 from plmcc.verify import check_cache, outputs
 
@@ -131,6 +132,7 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     set_seed(recipe.seed)
     model = source.model.eval()
     result = Result(model, bytes_before=component_bytes(model))
+    _check_lower(recipe, model)
     rows = evaluation_rows(recipe, source, base)
     taught = [stage for stage in recipe.steps() if stage.train]
     drafts = [(stage, lesson_of(stage, recipe, source, base)) for stage in taught]
@@ -159,11 +161,18 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     ]
     if original is not None and (recipe.lower or recipe.evaluate):
         say("measuring latency")
-        compiled = recipe.lower is not None
+        compiled = recipe.lower is not None and "compile" in recipe.lower.to
         result.latency = _timed(
             lambda: measure(original, model, compiled=compiled), "latency", result
         )
     return result
+
+
+def _check_lower(recipe: Recipe, model: PreTrainedModel) -> None:
+    if recipe.lower is not None and "aoti" in recipe.lower.to and not translates(model):
+        message = f"only translation models go to aoti, and {type(model).__name__} is none"
+        raise error("PLM303", message, recipe.place(("lower", "to")), given="aoti",
+                    allowed="compile", cure="remove `aoti`")  # fmt: skip
 
 
 def _timed(work: Callable[[], Any], name: str, result: Result) -> Any:

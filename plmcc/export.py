@@ -16,9 +16,8 @@ from plmcc.compiled import cache_shapes, encode_program, package, room_for, step
 from plmcc.diagnostics import error
 from plmcc.exported import MANIFEST, Manifest
 from plmcc.generate import positions_of, search_of, translates
-from plmcc.output import outside
 from plmcc.search import Search
-from plmcc.source import load_source
+from plmcc.source import load_source, outside
 
 _LONGEST = 256  # new tokens, where neither the model nor its generation config says how many
 

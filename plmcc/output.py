@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from plmcc.diagnostics import error
+from plmcc.export import export_model
 from plmcc.recipe import Recipe
 from plmcc.report import write_documents
 from plmcc.size import check_file
@@ -18,6 +19,8 @@ from plmcc.verify import in_fresh_process, record
 
 if TYPE_CHECKING:
     from plmcc.compiler import Result
+
+_BEAMS = 4  # the most that an export can be asked for, where no figure says how many
 
 
 def free(target: Path, overwrite: bool) -> Path:
@@ -49,17 +52,6 @@ def free(target: Path, overwrite: bool) -> Path:
     return target
 
 
-def outside(target: Path, model: Path) -> None:
-    """Refuse an output directory within the model's own.
-
-    Raises:
-        PlmccError: it is there.
-    """
-    if model.is_dir() and model.resolve() in target.resolve().parents:
-        message = "the output directory lies in the directory of the model"
-        raise error("PLM501", message, str(target), cure="choose another output")
-
-
 def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
     """Write beside the target, prove it in a fresh process, then rename: what has the name is
     finished."""
@@ -69,6 +61,9 @@ def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
         save(source, result, draft)
         check_file(draft, result.bytes_after)
         result.reload_difference = in_fresh_process(draft)
+        if recipe.lower is not None and "aoti" in recipe.lower.to:
+            beams = max((figure.num_beams for figure in recipe.evaluate), default=_BEAMS)
+            export_model(result.model, source.tokenizer, draft / "aoti", num_beams=beams)
         write_documents(recipe, source, result, draft)
         _put(draft, target)
     except OSError as problem:

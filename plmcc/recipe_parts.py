@@ -261,7 +261,8 @@ class Evaluate(Node):
 class Lower(Node):
     """What the finished model is compiled to."""
 
-    to: Annotated[list[Literal["compile"]], Field(min_length=1)]
-    """The targets; `compile` is torch.compile."""
+    to: Annotated[list[Literal["compile", "aoti"]], Field(min_length=1)]
+    """The targets. `compile`: latency is measured through torch.compile. `aoti`: the result has a
+    folder `aoti` as `plmcc export` writes it (translation models)."""
     dynamic: bool = True
-    """Compile for any batch size and length."""
+    """Compile for any batch size and length; `aoti` always does."""

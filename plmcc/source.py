@@ -248,3 +248,14 @@ def folder_digests(folder: Path | None) -> dict[str, str]:
 def write_json(file: Path, values: object) -> None:
     """Write plain values as readable JSON."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def outside(target: Path, model: Path) -> None:
+    """Refuse an output directory within the model's own.
+
+    Raises:
+        PlmccError: it is there.
+    """
+    if model.is_dir() and model.resolve() in target.resolve().parents:
+        message = "the output directory lies in the directory of the model"
+        raise error("PLM501", message, str(target), cure="choose another output")

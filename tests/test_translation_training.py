@@ -139,6 +139,28 @@ def test_a_new_model_learns_its_sentences_and_needs_no_plmcc(texts: Path, tmp_pa
     assert done.stdout.strip() == "The cat plays with the child.", done.stderr
 
 
+def test_a_recipe_ends_with_an_export(texts: Path, tmp_path: Path) -> None:
+    config = CONFIG.replace("}", ", attn_implementation: eager}")
+    recipe = parse_recipe(scratch(config, more="lower: {to: [aoti]}\n"), real=True)
+    model = plmcc.apply(recipe, output=tmp_path / "out", base=texts).model
+    assert model.config._attn_implementation == "eager"
+    ids = torch.tensor([[7, 9, 8, EOS], [9, 10, 11, EOS]])
+    settings: dict[str, Any] = {"num_beams": 2, "max_new_tokens": 9}
+    found = plmcc.Exported(tmp_path / "out/aoti").generate(ids, torch.ones_like(ids), **settings)
+    generator: Any = model
+    assert torch.equal(found, generator.generate(ids, **settings))
+
+
+def test_only_translation_goes_to_aoti() -> None:
+    recipe = parse_recipe(
+        "plmcc: 1\npasses: [{compositional_codes: {codebooks: 2, codewords: 4}}]\n"
+        "lower: {to: [aoti]}\n",
+        real=True,
+    )
+    with pytest.raises(PlmccError, match=r"PLM303.*only translation models go to aoti"):
+        plmcc.apply(recipe, tiny("bert"))
+
+
 def test_the_recipe_of_a_new_model_reads_back(texts: Path) -> None:
     recipe = parse_recipe(scratch(), real=True)
     assert parse_recipe(recipe.to_yaml(), real=True) == recipe
