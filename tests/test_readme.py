@@ -16,9 +16,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_recipe_is_valid() -> None:
-    (recipe,) = blocks("yaml")
-    assert parse_recipe(recipe).passes
+def test_the_recipes_are_valid() -> None:
+    assert len(blocks("yaml")) == 2
+    for text in blocks("yaml"):
+        assert all(stage.passes for stage in parse_recipe(text).steps())
 
 
 def test_the_commands_exist() -> None:
