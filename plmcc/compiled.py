@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +44,7 @@ class CompiledPrograms:
     def encode(self, source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
         """Read the source."""
         if self._encode is None:
-            self._encode = _compiled(*encode_program(self.model))
+            self._encode = _compiled(lambda: encode_program(self.model))
         outputs: list[Tensor] = self._encode.boxed_run([source_BS, mask_BS])
         return outputs
 
@@ -51,7 +52,7 @@ class CompiledPrograms:
         """Read one target token in each row."""
         size = room_for(candidates)
         if size not in self._steps:
-            self._steps[size] = _compiled(*step_program(self.model, size))
+            self._steps[size] = _compiled(lambda: step_program(self.model, size))
         outputs: list[Tensor] = self._steps[size].boxed_run(inputs)
         return outputs
 
@@ -131,9 +132,10 @@ def _pruned(traced: ExportedProgram) -> ExportedProgram:
     return traced
 
 
-def _compiled(*program: Any) -> Any:
-    with TemporaryDirectory(prefix="plmcc-") as folder:
+def _compiled(make: Callable[[], Program]) -> Any:
+    # Quantised weights (tensor subclasses) cannot be traced in the inference mode of the caller.
+    with torch.inference_mode(False), TemporaryDirectory(prefix="plmcc-") as folder:
         file = Path(folder) / "program.pt2"
-        package(program, file)
+        package(make(), file)
         # The callable that torch puts around the loader parses its signature in every call.
         return torch._inductor.aoti_load_package(str(file)).loader
