@@ -88,7 +88,9 @@ class System:
     def __init__(self, name: str, folder: Path, work: Path) -> None:
         self.name, self.folder, self.work = name, folder, work
         source = load_source(folder, "translation")
-        self.model: PreTrainedModel = source.model.float().eval().requires_grad_(False)
+        self.model: PreTrainedModel = source.model.eval().requires_grad_(False)
+        if self.model.dtype is not torch.float32:
+            self.model.float()
         self.tokenizer: PreTrainedTokenizerBase = source.need_tokenizer("translation")
         # It gives the same tokens (a test of plmcc), sooner.
         self.compiled = plmcc.compile(copy.deepcopy(self.model))

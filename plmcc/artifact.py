@@ -153,6 +153,8 @@ class PlmccQuantizer(HfQuantizer):
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 mark(part.config)
+        # What quantised models refuse (`float`, `half`), these can do.
+        model.is_quantized = False  # type: ignore[assignment]
         return model
 
     def get_state_dict_and_metadata(
@@ -199,7 +201,6 @@ def adopt(model: PreTrainedModel, records: list[Record]) -> None:
             mark(part.config)
             part.config.quantization_config = config
             part.hf_quantizer = PlmccQuantizer(config)  # type: ignore[assignment]
-            part.is_quantized = True  # type: ignore[assignment]
             part.quantization_method = METHOD  # type: ignore[assignment]
 
 

@@ -138,6 +138,9 @@ def export(
     ],
     to: Annotated[str, typer.Option("--to", help="What to export to: aoti.")] = "aoti",
     beam: Annotated[int, typer.Option("--beam", min=1, help="The most beams to be asked for.")] = 4,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Linear layers in int8 (extra `quantize`).")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an export that plmcc wrote there.")
     ] = False,
@@ -150,7 +153,7 @@ def export(
     from plmcc.terminal import calm
 
     calm()
-    export_directory(model, output, num_beams=beam, overwrite=overwrite)
+    export_directory(model, output, num_beams=beam, overwrite=overwrite, int8=int8)
     typer.echo(f"written to {output}; its .pt2 files hold machine code")
 
 

@@ -16,6 +16,7 @@ from plmcc.compiled import cache_shapes, encode_program, package, room_for, step
 from plmcc.diagnostics import error
 from plmcc.exported import MANIFEST, Manifest
 from plmcc.generate import positions_of, search_of, translates
+from plmcc.quantize import quantize
 from plmcc.search import Search
 from plmcc.source import load_source, outside
 
@@ -23,9 +24,10 @@ _LONGEST = 256  # new tokens, where neither the model nor its generation config 
 
 
 def export_directory(
-    name: str, target: Path, *, num_beams: int = 4, overwrite: bool = False
+    name: str, target: Path, *, num_beams: int = 4, overwrite: bool = False, int8: bool = False
 ) -> Path:
-    """Export a model directory, an artifact or a hub id; as `export_model`.
+    """Export a model directory, an artifact or a hub id, with int8 linear layers if asked
+    (`plmcc.quantize`); otherwise as `export_model`.
 
     Raises:
         PlmccError: as `export_model`, and if the model cannot be loaded.
@@ -35,6 +37,9 @@ def export_directory(
     model: torch.nn.Module = source.model.eval()
     if source.model.device.type == "cpu":
         model.float()
+    check_translates(source.model)
+    if int8:
+        quantize(source.model)
     return export_model(
         source.model, source.tokenizer, target, num_beams=num_beams, overwrite=overwrite
     )

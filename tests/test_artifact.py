@@ -391,6 +391,12 @@ def test_loading_in_another_dtype(artifact: Path, dtype: torch.dtype) -> None:
     assert torch.equal(table.codebooks, full.codebooks.to(dtype))
 
 
+def test_a_loaded_model_changes_its_dtype(artifact: Path) -> None:
+    model = plmcc.load(artifact)
+    assert model.half().dtype is torch.float16
+    assert model.float().dtype is torch.float32
+
+
 def test_a_head_of_its_own_stays_its_own(tmp_path: Path) -> None:
     model = compressed("t5_gated")
     head = model.get_output_embeddings()

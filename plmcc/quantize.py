@@ -1,0 +1,37 @@
+"""int8 linear layers by torchao, for models that are about to be compiled."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from plmcc.diagnostics import error
+
+
+def quantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Quantise the linear layers of a model in place: weights by output row, activations by token.
+
+    An output head that is tied to the embedding table gets an int8 copy of its own; the table stays
+    as it is. The result computes, compiles and exports, but is not for `save_pretrained`.
+
+    Args:
+        model: in evaluation mode; its linear layers in float32 or bfloat16.
+
+    Raises:
+        PlmccError: torchao is not installed.
+    """
+    try:
+        library: Any = importlib.import_module("torchao.quantization")
+    except ImportError:
+        cure = "pip install torchao, or plmcc with the extra `quantize`"
+        raise error("PLM303", "int8 needs torchao", "quantize", cure=cure) from None
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in tables:
+            copied = module.weight.detach().clone()
+            module.weight = nn.Parameter(copied, requires_grad=False)
+    library.quantize_(model, library.Int8DynamicActivationInt8WeightConfig())
+    return model
