@@ -36,8 +36,9 @@ def test_outputs_stay_close_and_the_table_stays(name: str) -> None:
     model: Any = tiny(name).eval()
     table = model.get_input_embeddings().weight.detach().clone()
     int8: Any = quantize.quantize(copy.deepcopy(model))
+    models: list[Any] = [model, int8]
     with torch.no_grad():
-        before, after = (m(**inputs(name)).logits for m in (model, int8))
+        before, after = (m(**inputs(name)).logits for m in models)
     assert 0 < (before - after).norm() < 0.05 * before.norm()
     assert torch.equal(int8.get_input_embeddings().weight, table)
 
