@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import EncoderDecoderCache
 
 from plmcc.api import Hard, Miss, Pass, Site, Soft
+from plmcc.beams import beams_as_queries, bias_of_places, queries_as_beams
 from plmcc.passes._compressed_layer import Parts, install, read
 from plmcc.passes._fold import Errors, fold
 from plmcc.program import Program
@@ -149,14 +150,18 @@ class _Attention(nn.Module):
         past = self._past(past_key_values)
         k_BHPK, v_BHPW = self._target(k, v, past_key_values)
         k_BHSK, v_BHSW = self._source(encoder_hidden_states, past_key_values)
+        beams = q_BHTK.shape[0] != k_BHPK.shape[0]  # compiled beam search: keys once a sentence
+        if beams:
+            q_BHTK = beams_as_queries(q_BHTK, k_BHPK.shape[0])
         if position_bias is None and self.position is not None:
-            lengths = (q_BHTK.shape[2], k_BHPK.shape[2])
+            lengths = (q.shape[1], k_BHPK.shape[2])
             position_bias = self.position.compute_bias(  # type: ignore[operator]
                 *lengths, device=q.device, past_seen_tokens=past
             )
         scores_BHTP = q_BHTK @ k_BHPK.transpose(-1, -2)
         if position_bias is not None:
-            scores_BHTP = scores_BHTP + position_bias
+            bias = bias_of_places(position_bias, q_BHTK.shape[2]) if beams else position_bias
+            scores_BHTP = scores_BHTP + bias
         scores_BHTP = _masked(scores_BHTP, attention_mask, causal=True)
         scores_BHTS = _masked(q_BHTK @ k_BHSK.transpose(-1, -2), encoder_attention_mask)
         weights = torch.cat((scores_BHTS, scores_BHTP), -1).softmax(-1)
@@ -164,7 +169,8 @@ class _Attention(nn.Module):
         source_BHTS, target_BHTP = weights.split((k_BHSK.shape[2], k_BHPK.shape[2]), -1)
         # Two products, so that the source side is never copied behind the growing target side.
         mixed_BHTW = source_BHTS @ v_BHSW + target_BHTP @ v_BHPW
-        inner_BTF = mixed_BHTW.transpose(1, 2).flatten(2) + skip_BTF
+        mixed_BTHW = queries_as_beams(mixed_BHTW) if beams else mixed_BHTW.transpose(1, 2)
+        inner_BTF = mixed_BTHW.flatten(2) + skip_BTF
         z_BTF = F.dropout(self._activate(inner_BTF), self.activation_dropout, self.training)
         output_BTD: Tensor = self.out_proj(z_BTF)  # type: ignore[operator]
         return output_BTD, target_BHTP, source_BHTS, position_bias

@@ -49,7 +49,7 @@ class CompiledPrograms:
         return outputs
 
     def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
-        """Read one target token in each row."""
+        """Read one target token in each beam."""
         size = room_for(candidates)
         if size not in self._steps:
             self._steps[size] = _compiled(lambda: step_program(self.model, size))
@@ -93,15 +93,23 @@ def encode_program(model: PreTrainedModel) -> Program:
 
 def step_program(model: PreTrainedModel, candidates: int) -> Program:
     """Return the program that reads one token."""
-    rows, source, room = 4, 8, 16
-    own, cross = _caches(model, rows, source)
-    own = [cache.new_zeros(rows, cache.shape[1], room, cache.shape[3]) for cache in own]
-    caches = [*own, *(cache.contiguous() for cache in cross)]
-    row_R = torch.arange(rows, device=model.device)
-    inputs = (row_R, row_R.clone(), row_R[:1], caches[0].new_zeros(rows, 1, 1, source), caches)
-    R, S, T = Dim("R", min=2), Dim("S", min=2), Dim("T", min=2)
-    shapes = [{0: R, 2: T} for _ in own] + [{0: R, 2: S} for _ in cross]
-    return Step(model, candidates), inputs, ({0: R}, {0: R}, {}, {0: R, 3: S}, shapes)
+    sentences, beams, source, room = 2, 1 if candidates == 1 else 3, 8, 16
+    own, cross = _caches(model, sentences, source)
+    caches = [c.new_zeros(sentences, c.shape[1], room, beams, c.shape[3]) for c in own]
+    caches += [cache.contiguous() for cache in cross]
+    token_AN = torch.zeros(sentences, beams, dtype=torch.long, device=model.device)
+    slots_ANT = token_AN[:, :, None].expand(-1, -1, room).contiguous()
+    position = torch.zeros(1, dtype=torch.long, device=model.device)
+    inputs = (token_AN, slots_ANT, position, caches[0].new_zeros(sentences, 1, 1, source), caches)
+    A, S, T = Dim("A", min=1), Dim("S", min=2), Dim("T", min=2)
+    at_beams = {} if beams == 1 else {1: Dim("N", min=2)}
+    at_places = {0: A, 2: T} | ({} if beams == 1 else {3: at_beams[1]})
+    shapes = [at_places for _ in own] + [{0: A, 2: S} for _ in cross]
+    return (
+        Step(model, candidates),
+        inputs,
+        ({0: A, **at_beams}, {0: A, 2: T, **at_beams}, {}, {0: A, 3: S}, shapes),
+    )
 
 
 def package(program: Program, file: Path) -> None:

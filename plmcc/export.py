@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plmcc.compiled import cache_shapes, encode_program, package, room_for, step_program
 from plmcc.diagnostics import error
 from plmcc.exported import MANIFEST, Manifest
-from plmcc.generate import positions_of, search_of, translates
+from plmcc.generate import compilable, positions_of, search_of, translates
 from plmcc.quantize import quantize
 from plmcc.search import Search
 from plmcc.source import load_source, outside
@@ -66,6 +66,7 @@ def export_model(
         PlmccError: the model does not translate, or the directory cannot be written.
     """
     check_translates(model)
+    _check_attention(model)
     defaults = default_search(model)
     _check_target(target, overwrite)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
@@ -117,6 +118,13 @@ def check_translates(model: PreTrainedModel) -> None:
     if not translates(model):
         message = f"{type(model).__name__} is no translation model"
         cure = "name an encoder-decoder that reads text, such as Marian, BART, mBART or T5"
+        raise error("PLM401", message, cure=cure)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    if not compilable(model):
+        message = f"the attention of {type(model).__name__} is its own, not that of transformers"
+        cure = "export Marian, BART, mBART, M2M100, T5 or another model with exchangeable attention"
         raise error("PLM401", message, cure=cure)
 
 

@@ -19,7 +19,7 @@ from plmcc.runtime import translate
 from plmcc.search import Search
 
 MANIFEST = "plmcc_export.json"
-FORMAT = 1
+FORMAT = 2
 _CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
 
 
@@ -114,7 +114,7 @@ class Exported:
         return outputs
 
     def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
-        """Read one target token in each row (`plmcc.runtime.Programs`)."""
+        """Read one target token in each beam (`plmcc.runtime.Programs`)."""
         size = candidates if candidates == 1 else min(s for s in self._steps if s >= candidates)
         outputs: list[Tensor] = self._steps[size].boxed_run(inputs)
         return outputs

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from plmcc.beams import shares_keys
 from plmcc.runtime import Programs, translate
 from plmcc.search import Search
 
@@ -90,6 +91,12 @@ def translates(model: PreTrainedModel) -> bool:
     """Return whether a model makes text from text with an encoder and a decoder."""
     text = model.main_input_name == "input_ids"
     return bool(text and model.config.is_encoder_decoder and model.can_generate())
+
+
+def compilable(model: PreTrainedModel) -> bool:
+    """Return whether a model's `generate` can run programs: its attention has to be exchangeable
+    (`plmcc.beams`)."""
+    return translates(model) and shares_keys(model)
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

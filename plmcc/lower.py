@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from plmcc.artifact import METHOD
 from plmcc.compiled import CompiledPrograms
 from plmcc.diagnostics import error
-from plmcc.generate import Generate, translates
+from plmcc.generate import Generate, compilable
 from plmcc.tasks import auto_class, task_of
 
 
@@ -56,7 +56,8 @@ def compile(
 
     The forward pass goes through torch.compile. `generate` of an encoder-decoder runs programs of
     plmcc (`plmcc.programs`): greedy and beam search give the tokens that transformers gives, and
-    whatever else is asked for is left to transformers. A program is compiled when it is first
+    whatever else is asked for is left to transformers, as are models whose attention is not that
+    of transformers' interface. A program is compiled when it is first
     needed, for all batch sizes and lengths; it keeps the weights of that moment.
 
     Args:
@@ -71,7 +72,7 @@ def compile(
         model = load(model)
     model.eval()
     model.compile(dynamic=dynamic, **options)
-    if translates(model):
+    if compilable(model):
         generator: Any = Generate(model, CompiledPrograms(model))
         model.generate = generator
     return model

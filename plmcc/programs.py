@@ -1,13 +1,14 @@
 """An encoder-decoder as two programs of tensors: `Encode` (the source) and `Step` (one token of the
 target). The model's own code runs in them, over caches of ours.
 
-Shape suffixes: B sentences, R rows (a sentence has one for each beam), S source tokens, T places in
-the self-attention cache, H heads, D width of a head (keys and values may differ), E width of hidden
-states, V vocabulary, K candidates.
+Shape suffixes: B sentences at first, A sentences still open, N beams, R rows (A * N), S source
+tokens, T steps that the self-attention cache has room for, H heads, D width of a head (keys and
+values may differ), E width of hidden states, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
+
+from plmcc.beams import beam_attention, beams_as_queries
 
 
 class Encode(nn.Module):
@@ -61,14 +64,14 @@ def recorded(
 
 
 class Step(nn.Module):
-    """Read one token of the target in each row.
+    """Read one token of the target in each beam.
 
-    Called with `token_R` (int64), `parent_R` (int64: the row of the self-attention caches that a
-    row continues), `position` (int64 of shape `[1]`: tokens read before), `mask_R11S`, and a list
-    of caches: self-attention keys of all layers, values of all layers (`RHTD`), then those of
-    cross-attention (`RHSD`). Returns the best candidates, `scores_RK` and `tokens_RK`. With one
-    candidate, rows continue themselves and the caches are written in place. With more, the new
-    self-attention caches follow, in the order they came.
+    Called with `token_AN` (int64), `slots_ANT` (int64: for each beam and each step of its history,
+    the beam in whose name the token was written; this step's are the beams' own; -1 for steps to
+    come), `position` (int64 of shape `[1]`: tokens read before), `mask_A11S`, and a list of caches:
+    self-attention keys of all layers, values of all layers (`AHTND`), which are written in place,
+    then those of cross-attention (`AHSD`). Returns the best candidates, `scores_ANK` and
+    `tokens_ANK`.
     """
 
     def __init__(self, model: PreTrainedModel, candidates: int) -> None:
@@ -78,32 +81,31 @@ class Step(nn.Module):
 
     def forward(  # noqa: D102, as the class says
         self,
-        token_R: Tensor,
-        parent_R: Tensor,
+        token_AN: Tensor,
+        slots_ANT: Tensor,
         position: Tensor,
-        mask_R11S: Tensor,
+        mask_A11S: Tensor,
         caches: list[Tensor],
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor]:
         size = decoder_layers(self.model)
         keys, values, cross_keys, cross_values = (
             caches[start : start + size] for start in range(0, 4 * size, size)
         )
-        parents = parent_R if self.candidates > 1 else None
-        own = [_Written(k, v, position, parents) for k, v in zip(keys, values, strict=True)]
+        own = [_Written(k, v, position) for k, v in zip(keys, values, strict=True)]
         cross = [_Fixed(k, v) for k, v in zip(cross_keys, cross_values, strict=True)]
         cache = EncoderDecoderCache(Cache([*own]), Cache([*cross]))
-        places_T = torch.arange(keys[0].shape[2], device=position.device)
-        lowest = torch.finfo(mask_R11S.dtype).min
-        self_mask = (places_T > position).to(mask_R11S.dtype)[None, None, None, :] * lowest
+        beams = torch.arange(token_AN.shape[1], device=token_AN.device)
+        hidden = (slots_ANT[..., None] != beams).to(mask_A11S.dtype).flatten(2)
+        own_mask_A1NP = hidden[:, None] * torch.finfo(mask_A11S.dtype).min
         # Only its presence and shape count: keys and values are in the cache.
-        hidden = mask_R11S.new_zeros(()).expand(
-            token_R.shape[0], cross_keys[0].shape[2], self.model.config.hidden_size
+        memory = mask_A11S.new_zeros(()).expand(
+            token_AN.numel(), cross_keys[0].shape[2], self.model.config.hidden_size
         )
-        logits = _decode(self.model, token_R, hidden, self_mask, mask_R11S, cache)
-        found = best(logits, self.candidates)
-        if parents is None:
-            return found
-        return (*found, *_tensors(own))
+        with beam_attention(self.model):
+            logits_RV = _decode(
+                self.model, token_AN.flatten(), memory, own_mask_A1NP, mask_A11S, cache
+            )
+        return best(logits_RV.unflatten(0, token_AN.shape), self.candidates)
 
 
 def decoder_layers(model: PreTrainedModel) -> int:
@@ -115,17 +117,33 @@ def decoder_layers(model: PreTrainedModel) -> int:
     return int(config.num_hidden_layers)
 
 
-def best(logits_RV: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+def best(logits_V: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     """Return the `candidates` best tokens of each row: log probabilities and ids, best first.
 
     A single candidate comes with its logit: greedy search needs no probability.
     """
+    logits = logits_V.float()
     if candidates == 1:
-        scores_R, tokens_R = logits_RV.float().max(-1)
-        return scores_R[:, None], tokens_R[:, None]
-    scores_RV = logits_RV.float().log_softmax(-1)
-    scores_RK, tokens_RK = scores_RV.topk(candidates, dim=-1)
-    return scores_RK, tokens_RK
+        scores, tokens = logits.max(-1, keepdim=True)
+        return scores, tokens
+    scores, tokens = _top(logits, candidates)
+    return scores - logits.logsumexp(-1, keepdim=True), tokens
+
+
+def _top(x_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`topk` of long rows. The best `count` lie in the `count` chunks with the best maxima; maxima
+    are quick, while torch's topk on a CPU took as long as a layer of the decoder."""
+    size = x_V.shape[-1]
+    width = math.isqrt(max(1, size // count))
+    chunks = math.ceil(size / width)
+    if chunks < 4 * count:
+        return x_V.topk(count, dim=-1)
+    padded = nn.functional.pad(x_V, (0, chunks * width - size), value=-math.inf)
+    chunk_GW = padded.unflatten(-1, (chunks, width))
+    chosen_K = chunk_GW.amax(-1).topk(count, dim=-1).indices
+    within_KW = chunk_GW.gather(-2, chosen_K[..., None].expand(*chosen_K.shape, width))
+    scores, flat = within_KW.flatten(-2).topk(count, dim=-1)
+    return scores, chosen_K.gather(-1, flat // width) * width + flat % width
 
 
 def _decode(
@@ -145,8 +163,8 @@ def _decode(
         past_key_values=cache,
         use_cache=True,
     )
-    logits: Tensor = output.logits[:, -1]
-    return logits
+    logits_RV: Tensor = output.logits[:, -1]
+    return logits_RV
 
 
 def _tensors(layers: Sequence[_Layer]) -> list[Tensor]:
@@ -203,24 +221,19 @@ class _Fixed(_Layer):
 class _Written(_Layer):
     """Keys and values of the tokens read before, with room for more: written at `position`."""
 
-    def __init__(
-        self, keys: Tensor, values: Tensor, position: Tensor, parents: Tensor | None
-    ) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         super().__init__()
         self.keys, self.values = keys, values
-        self.position, self.parents = position, parents
+        self.position = position
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        self.keys = self._write(self.keys, key_states)
-        self.values = self._write(self.values, value_states)
-        return self.keys, self.values
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
 
-    def _write(self, cache: Tensor, new: Tensor) -> Tensor:
-        # What is moved for the beams is copied, in the layout that the next step relies on.
-        moved = cache if self.parents is None else cache.index_select(0, self.parents)
-        return moved.index_copy_(2, self.position, new)
+    def _write(self, cache_AHTND: Tensor, new_RH1D: Tensor) -> Tensor:
+        new_AHND = beams_as_queries(new_RH1D, cache_AHTND.shape[0])
+        return cache_AHTND.index_copy_(2, self.position, new_AHND[:, :, None]).flatten(2, 3)
 
     def get_seq_length(self) -> Any:
         return self.position[0]

@@ -1,7 +1,8 @@
 """Running the programs of an encoder-decoder: caches, and translation from token ids to token ids.
 
-Nothing here imports transformers. Shape suffixes: B sentences, R rows, S source tokens, T places in
-the self-attention cache, H heads, D width of a head, K candidates.
+Nothing here imports transformers. Shape suffixes: B sentences at first, A sentences still open, N
+beams, S source tokens, T steps that the self-attention cache has room for, H heads, D width of a
+head, K candidates.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from plmcc.search import Search, search_tokens
 # Room in the self-attention cache, in tokens; doubled when it is full. Attention reads all of it,
 # so that a large cache costs time, and growing copies it, so that many sizes do too.
 _ROOM = 16
+# Tokens of padding that cost as much as another call of the encoder, roughly.
+_CALL = 64
 
 
 class Programs(Protocol):
@@ -31,7 +34,7 @@ class Programs(Protocol):
         """Read the source."""
 
     def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
-        """Read one target token in each row and return at least `candidates` continuations."""
+        """Read one target token in each beam and return at least `candidates` continuations."""
 
 
 @torch.inference_mode()
@@ -49,62 +52,99 @@ def translate(programs: Programs, source_BS: Tensor, mask_BS: Tensor, search: Se
     """
     if source_BS.shape[1] == 1:  # a length of its own for torch.export
         source_BS, mask_BS = (functional.pad(x, (0, 1)) for x in (source_BS, mask_BS))
-    rows = DecoderRows(
-        programs, programs.encode(source_BS.contiguous(), mask_BS.contiguous()), search
-    )
-    return search_tokens(rows, source_BS.shape[0], search)
+    encoded = _encoded(programs, source_BS.contiguous(), mask_BS.contiguous())
+    return search_tokens(Decoder(programs, encoded, search), source_BS.shape[0], search)
 
 
-class DecoderRows:
-    """The rows of a decoder and their caches (`plmcc.search.Rows`)."""
+def _encoded(programs: Programs, source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
+    """Read the source, on a CPU in groups of like length: padding costs as much as words there."""
+    length_B = mask_BS.cumsum(1).argmax(1) + 1  # up to the last token, wherever padding stands
+    order_B = length_B.argsort()
+    groups = [order_B] if source_BS.is_cuda else _groups(order_B, length_B)
+    if len(groups) == 1:
+        return programs.encode(source_BS, mask_BS)
+    whole: list[Tensor] = []
+    for rows in groups:
+        longest = max(2, int(length_B[rows[-1]]))
+        parts = programs.encode(
+            source_BS[rows, :longest].contiguous(), mask_BS[rows, :longest].contiguous()
+        )
+        if not whole:
+            whole = _room(parts, *source_BS.shape)
+        whole[0][rows, :, :, :longest] = parts[0]
+        for cache, part in zip(whole[1:], parts[1:], strict=True):
+            cache[rows, :, :longest] = part
+    return whole
+
+
+def _groups(order_B: Tensor, length_B: Tensor) -> list[Tensor]:
+    """Cut sentences, ordered by length, where a new group saves more padding than a call costs."""
+    groups, start = [], 0
+    lengths = length_B[order_B].tolist()
+    for end in range(1, len(lengths)):
+        # What the sentences so far would be padded by, if the group went on to the end.
+        if (lengths[-1] - lengths[end - 1]) * (end - start) > _CALL:
+            groups.append(order_B[start:end])
+            start = end
+    return [*groups, order_B[start:]]
+
+
+def _room(parts: list[Tensor], batch: int, length: int) -> list[Tensor]:
+    """Return the mask and the caches of a whole batch, all padding."""
+    mask, *caches = parts
+    lowest = torch.finfo(mask.dtype).min
+    room = [mask.new_full((batch, 1, 1, length), lowest)]
+    return room + [c.new_zeros(batch, c.shape[1], length, c.shape[3]) for c in caches]
+
+
+class Decoder:
+    """The beams of sentences and their caches (`plmcc.search.Beams`)."""
 
     def __init__(self, programs: Programs, encoded: Sequence[Tensor], search: Search) -> None:
         self.programs = programs
-        self.candidates = search.candidates
+        self.candidates, self.beams = search.candidates, search.num_beams
         self.limit = search.max_length
         self.mask, *cross = encoded
         self.cross = cross
         self.own: list[Tensor] = []
         self.length = 0  # tokens read
-        self.room = 0
+        self.slots_ANT = torch.full((len(self.mask), self.beams, 0), -1, device=self.mask.device)
         self.positions = torch.arange(self.limit, device=self.mask.device).split(1)
-        if self.mask.shape[0] == 1:
-            self.keep(torch.tensor([0]))
+        self.each = torch.arange(self.beams, device=self.mask.device)
 
-    def step(self, token_R: Tensor, parent_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Read a token in each row."""
-        if self.length == self.room:
+    def step(self, token_AN: Tensor, parent_AN: Tensor) -> tuple[Tensor, Tensor]:
+        """Read a token in each beam."""
+        device = self.mask.device
+        if self.length == self.slots_ANT.shape[2]:
             self._grow()
-        asked = token_R.shape[0]
-        if asked == 1:
-            token_R, parent_R = token_R.expand(2).contiguous(), torch.arange(2)
+        if self.beams > 1:
+            index = parent_AN.to(device)[:, :, None].expand_as(self.slots_ANT)
+            self.slots_ANT = self.slots_ANT.gather(1, index)
+        self.slots_ANT[:, :, self.length] = self.each
         # Compiled programs rely on the layout of their inputs and do not check it.
-        small = (x.to(self.mask.device).contiguous() for x in (token_R, parent_R))
-        position = self.positions[self.length]
-        inputs = [*small, position, self.mask, *self.own, *self.cross]
-        scores_RK, tokens_RK, *moved = self.programs.step(self.candidates, inputs)
-        if moved:
-            self.own = moved
+        token_AN = token_AN.to(device).contiguous()
+        at = self.positions[self.length]
+        inputs = [token_AN, self.slots_ANT, at, self.mask, *self.own, *self.cross]
+        scores_ANK, tokens_ANK = self.programs.step(self.candidates, inputs)
         self.length += 1
-        return scores_RK[:asked].cpu(), tokens_RK[:asked].cpu()
+        return scores_ANK.cpu(), tokens_ANK.cpu()
 
-    def keep(self, row_R: Tensor) -> None:
-        """Go on with these rows."""
-        if len(row_R) == 1:
-            # The programs take two rows or more: torch.export would make one row another program.
-            row_R = row_R.expand(2)
-        row_R = row_R.to(self.mask.device)
-        self.mask = self.mask.index_select(0, row_R)
-        self.cross = [cache.index_select(0, row_R) for cache in self.cross]
-        self.own = [cache.index_select(0, row_R) for cache in self.own]
+    def keep(self, index_A: Tensor) -> None:
+        """Go on with these sentences."""
+        index_A = index_A.to(self.mask.device)
+        self.mask, self.slots_ANT = self.mask[index_A], self.slots_ANT[index_A]
+        self.cross = [cache.index_select(0, index_A) for cache in self.cross]
+        self.own = [cache.index_select(0, index_A) for cache in self.own]
 
     def _grow(self) -> None:
-        self.room = min(max(_ROOM, 2 * self.room), max(self.limit, 2))
-        rows = self.mask.shape[0]
-        grown = [
-            self.mask.new_zeros(rows, heads, self.room, width)
-            for heads, width in self.programs.shapes
-        ]
-        for old, new in zip(self.own, grown, strict=False):
-            new[:, :, : self.length] = old
-        self.own = grown
+        room = min(max(_ROOM, 2 * self.length), max(self.limit, 2))
+        more = (0, room - self.length)
+        self.slots_ANT = functional.pad(self.slots_ANT, more, value=-1)
+        if not self.own:
+            size = (len(self.mask), room, self.beams)
+            self.own = [
+                self.mask.new_zeros(size[0], heads, *size[1:], width)
+                for heads, width in self.programs.shapes
+            ]
+        else:
+            self.own = [functional.pad(cache, (0, 0, 0, 0, *more)) for cache in self.own]

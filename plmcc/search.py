@@ -1,7 +1,7 @@
-"""Greedy and beam search over any `Rows`, with the results of transformers' `generate`. Pure torch.
+"""Greedy and beam search over any `Beams`, with the results of transformers' `generate`. Pure torch.
 
-Shape suffixes: B sentences, A sentences still open, N beams, R rows (A, or A * N), C candidates,
-L tokens.
+Shape suffixes: B sentences, A sentences still open, N beams (1 in greedy search), C candidates, L
+tokens.
 """
 
 from __future__ import annotations
@@ -43,79 +43,72 @@ class Search:
         return self.forced_bos if length == 1 else None
 
 
-class Rows(Protocol):
-    """Sentences being translated: a row for each of them, or for each of their beams."""
+class Beams(Protocol):
+    """Sentences being translated, each with its beams."""
 
-    def step(self, token_R: Tensor, parent_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Read a token in each row, after the tokens of row `parent_R`; return log probabilities
-        and ids of the best next tokens, `scores_RC` and `tokens_RC`, best first. In greedy search
-        each row is its own parent and scores are logits."""
+    def step(self, token_AN: Tensor, parent_AN: Tensor) -> tuple[Tensor, Tensor]:
+        """Read a token in each beam, after the tokens of the sentence's beam `parent_AN`; return
+        log probabilities and ids of the best next tokens, `scores_ANC` and `tokens_ANC`, best
+        first. In greedy search the scores are logits."""
 
-    def keep(self, row_R: Tensor) -> None:
-        """Go on with these rows, in this order; a row may be named more than once."""
+    def keep(self, index_A: Tensor) -> None:
+        """Go on with these sentences, in this order."""
 
 
-def search_tokens(rows: Rows, batch: int, search: Search) -> Tensor:
-    """Translate `batch` sentences, each a row of `rows`.
+def search_tokens(beams: Beams, batch: int, search: Search) -> Tensor:
+    """Translate `batch` sentences.
 
     Returns:
         `tokens_BL` (int64), from the start token on, padded as transformers pads.
     """
     if search.num_beams == 1:
-        found, filler = _greedy(rows, batch, search), search.pad
+        found, filler = _greedy(beams, batch, search), search.pad
     else:
         # transformers 5 writes `pad or eos`, and token 0 is false.
-        found, filler = _beam(rows, batch, search), search.pad or search.eos[0]
+        found, filler = _beam(beams, batch, search), search.pad or search.eos[0]
     longest = max(map(len, found))
     return torch.tensor([tokens + [filler] * (longest - len(tokens)) for tokens in found])
 
 
-def _greedy(rows: Rows, batch: int, search: Search) -> list[list[int]]:
+def _greedy(beams: Beams, batch: int, search: Search) -> list[list[int]]:
     found = [[search.start] for _ in range(batch)]
-    sentences = list(range(batch))  # of each row
+    sentences = list(range(batch))  # those that `beams` still has
     ended = [False] * batch
-    token_R = torch.full((batch,), search.start)
-    same_R = torch.arange(batch)
+    token_A = torch.full((batch,), search.start)
+    itself_AN = torch.zeros(batch, 1, dtype=torch.long)
     for length in range(1, search.max_length):
-        _, tokens_RC = rows.step(token_R, same_R)
-        token_R = _or_forced(tokens_RC[:, 0], search.forced(length))
-        for sentence, token in zip(sentences, token_R.tolist(), strict=True):
+        _, tokens_ANC = beams.step(token_A[:, None], itself_AN[: len(token_A)])
+        token_A = _or_forced(tokens_ANC[:, 0, 0], search.forced(length))
+        for sentence, token in zip(sentences, token_A.tolist(), strict=True):
             if not ended[sentence]:
                 found[sentence].append(token)
                 ended[sentence] = token in search.eos
-        going = [row for row, sentence in enumerate(sentences) if not ended[sentence]]
+        going = [at for at, sentence in enumerate(sentences) if not ended[sentence]]
         if not going:
             break
         if len(going) <= _FEW * len(sentences):
-            row_R = torch.tensor(going)
-            rows.keep(row_R)
-            sentences = [sentences[row] for row in going]
-            token_R, same_R = token_R[row_R], same_R[: len(going)]
+            index_A = torch.tensor(going)
+            beams.keep(index_A)
+            sentences = [sentences[at] for at in going]
+            token_A = token_A[index_A]
     return found
 
 
-def _or_forced(token_R: Tensor, forced: int | None) -> Tensor:
-    return token_R if forced is None else torch.full_like(token_R, forced)
+def _or_forced(token_A: Tensor, forced: int | None) -> Tensor:
+    return token_A if forced is None else torch.full_like(token_A, forced)
 
 
-def _beam(rows: Rows, batch: int, search: Search) -> list[list[int]]:
-    beams, width = search.num_beams, search.candidates
+def _beam(beams: Beams, batch: int, search: Search) -> list[list[int]]:
+    width = search.candidates
     state = _Beams.of(batch, search)
     eos_E = torch.tensor(search.eos)
     results: list[list[int]] = [[] for _ in range(batch)]
-    # A sentence's beams are the same at first: one row of each is enough, and is then repeated.
-    scores_RC, tokens_RC = rows.step(torch.full((batch,), search.start), torch.arange(batch))
-    rows.keep(torch.arange(batch).repeat_interleave(beams))
-    scores_AC, tokens_AC = scores_RC[:, :width], tokens_RC[:, :width]
-    parents_AC = torch.zeros_like(tokens_AC)
     for length in range(1, search.max_length):
-        if length > 1:
-            token_R, parent_R = state.frontier()
-            scores_RC, tokens_RC = rows.step(token_R, parent_R)
-            total_ANC = scores_RC[:, :width].view(-1, beams, width) + state.scores_AN[:, :, None]
-            scores_AC, flat_AC = total_ANC.flatten(1).topk(width)
-            parents_AC = flat_AC // width
-            tokens_AC = tokens_RC[:, :width].reshape(-1, beams * width).gather(1, flat_AC)
+        scores_ANC, tokens_ANC = beams.step(state.tokens_ANL[:, :, -1], state.parents_AN)
+        total_ANC = scores_ANC[..., :width] + state.scores_AN[:, :, None]
+        scores_AC, flat_AC = total_ANC.flatten(1).topk(width)
+        parents_AC = flat_AC // width
+        tokens_AC = tokens_ANC[..., :width].flatten(1).gather(1, flat_AC)
         forced = search.forced(length)
         if forced is not None:
             scores_AC, parents_AC, tokens_AC = _forced(state, forced, length, width)
@@ -130,8 +123,7 @@ def _beam(rows: Rows, batch: int, search: Search) -> list[list[int]]:
         if len(going) <= _FEW * len(open_A):
             state.report(results)
             state.keep(going)
-            row_R = (going[:, None] * beams + torch.arange(beams)).flatten()
-            rows.keep(row_R)
+            beams.keep(going)
     return results
 
 
@@ -167,11 +159,6 @@ class _Beams:
             ended_AN=torch.zeros(shape, dtype=torch.bool),
             improvable_A=torch.ones(batch, dtype=torch.bool),
         )
-
-    def frontier(self) -> tuple[Tensor, Tensor]:
-        """Return the last token of each row and the row that it continues."""
-        offset_A = torch.arange(len(self.parents_AN)) * self.search.num_beams
-        return self.tokens_ANL[:, :, -1].flatten(), (self.parents_AN + offset_A[:, None]).flatten()
 
     def advance(
         self, scores_AC: Tensor, parents_AC: Tensor, tokens_AC: Tensor, ends_AC: Tensor, length: int

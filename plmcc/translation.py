@@ -17,11 +17,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plmcc.compiled import CompiledPrograms
 from plmcc.diagnostics import error
+from plmcc.generate import Generate, compilable
 from plmcc.progress import Progress
 from plmcc.recipe import Sequences
 
 _TOKENS = 2048  # source tokens of a batch, times beams
+_MANY = 2000  # sentences whose translation takes longer than compiling the model
 
 
 def extra(name: str) -> Any:
@@ -117,7 +120,7 @@ def taught(rows: Dataset, teacher: PreTrainedModel, settings: Sequences) -> Data
         labels = json.loads(file.read_text(encoding="utf-8"))
     else:
         search = (settings.num_beams, settings.max_new_tokens)
-        with _draft(file) as draft:
+        with _draft(file) as draft, _quick(teacher, len(sources)):
             labels = generated(teacher, sources, *search, "the teacher translates")
             draft.write_text(json.dumps(labels), encoding="utf-8")
     if "labels" in rows.column_names:
@@ -143,6 +146,20 @@ def _draft(file: Path) -> Iterator[Path]:
         draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quick(model: PreTrainedModel, sentences: int) -> Iterator[None]:
+    """Compile `generate` for a while, if there is enough to do."""
+    if sentences < _MANY or not compilable(model) or "generate" in vars(model):
+        yield
+        return
+    generator: Any = Generate(model, CompiledPrograms(model))
+    vars(model)["generate"] = generator
+    try:
+        yield
+    finally:
+        del vars(model)["generate"]
 
 
 def _digest(sources: list[list[int]], teacher: PreTrainedModel, settings: Sequences) -> str:
