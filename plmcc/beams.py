@@ -24,7 +24,8 @@ _NAME = "plmcc_beams"
 
 def beams_as_queries(q: Tensor, sentences: int | torch.SymInt) -> Tensor:
     """Turn the beams of a sentence into its queries: `(A*N, H, 1, K)` -> `(A, H, N, K)`."""
-    return q[:, :, 0].unflatten(0, (sentences, -1)).transpose(1, 2)
+    q_ANHK: Tensor = q[:, :, 0].unflatten(0, (sentences, -1))
+    return q_ANHK.transpose(1, 2)
 
 
 def queries_as_beams(x: Tensor) -> Tensor:

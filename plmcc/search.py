@@ -1,4 +1,5 @@
-"""Greedy and beam search over any `Beams`, with the results of transformers' `generate`. Pure torch.
+"""Greedy and beam search over any `Beams`, with the results of transformers' `generate`, in pure
+torch.
 
 Shape suffixes: B sentences, A sentences still open, N beams (1 in greedy search), C candidates, L
 tokens.
