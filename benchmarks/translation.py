@@ -10,17 +10,17 @@ Systems, each trained by a recipe of `recipes/` with the same data, seed and num
     D  compressed_attention-12-2-distilled     the same, on A's translations
     E  compressed_attention-fold               A, converted and fine-tuned
 
-Each runs eager (`model.generate`), compiled (`plmcc.compile`) and exported (`plmcc export`), and A
-also in CTranslate2 if that is installed. All systems of one setting take turns in one process on
-the first test sentences; a row's tokens per second are the median over rounds. BLEU is that of
-beam 4 or greedy search on the whole test set; choices were made on val. Finished artifacts in
---work are used again; a system that cannot be trained for want of time is left out by --systems.
+Each runs eager (`model.generate`), compiled (`plmcc.compile`), int8 (the same with int8 linear
+layers, if torchao is installed) and exported (`plmcc export`), and A also in CTranslate2 if that is
+installed. All systems of one setting take turns in one process on the first test sentences; a row's
+tokens per second are the median over rounds. BLEU is that of beam 4 or greedy search on the whole
+test set; choices were made on val. Finished artifacts and exports in --work are used again; a
+system that cannot be trained for want of time is left out by --systems.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gzip
 import importlib
 import subprocess
@@ -37,10 +37,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import plmcc
 from plmcc.bench import measure_generation
 from plmcc.export import export_model
+from plmcc.quantize import quantize
 from plmcc.report import hardware, versions
 from plmcc.size import file_bytes
 from plmcc.source import load_source, write_json
-from plmcc.translation import generated
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {
@@ -83,34 +83,51 @@ def train(system: str, data: Path, work: Path, settings: list[str], teacher: Pat
 
 
 class System:
-    """A trained model in its three forms."""
+    """A trained model in its forms."""
 
     def __init__(self, name: str, folder: Path, work: Path) -> None:
         self.name, self.folder, self.work = name, folder, work
-        source = load_source(folder, "translation")
-        self.model: PreTrainedModel = source.model.eval().requires_grad_(False)
-        if self.model.dtype is not torch.float32:
-            self.model.float()
-        self.tokenizer: PreTrainedTokenizerBase = source.need_tokenizer("translation")
-        # It gives the same tokens (a test of plmcc), sooner.
-        self.compiled = plmcc.compile(copy.deepcopy(self.model))
+        self.model, self.tokenizer = self._loaded()
+
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        source = load_source(self.folder, "translation")
+        model: Any = source.model.eval().requires_grad_(False)
+        return model.float(), source.need_tokenizer("translation")
 
     def form(self, mode: str) -> Callable[..., Tensor]:
-        if mode == "eager":
-            eager: Any = self.model
-            return eager.generate  # type: ignore[no-any-return]
-        if mode == "compiled":
-            compiled: Any = self.compiled
-            return compiled.generate  # type: ignore[no-any-return]
-        folder = self.work / f"{self.name}-aoti"
-        if not folder.exists():
-            export_model(self.model, self.tokenizer, folder)
-        return plmcc.Exported(folder).generate
+        if mode == "exported":
+            folder = self.work / f"{self.name}-aoti"
+            if not folder.exists():
+                export_model(self.model, self.tokenizer, folder)
+            return plmcc.Exported(folder).generate
+        model: Any = self._loaded()[0]
+        if mode == "int8":
+            quantize(model)
+        if mode != "eager":
+            plmcc.compile(model)
+        return model.generate  # type: ignore[no-any-return]
 
-    def bleu(self, sources: list[list[int]], references: list[str], beams: int) -> float:
-        found = generated(self.compiled, sources, beams, LONGEST)
-        texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
-        return round(sacrebleu.corpus_bleu(texts, [references]).score, 2)
+
+def bleu(
+    generate: Callable[..., Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[list[int]],
+    references: list[str],
+    beams: int,
+) -> float:
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    texts = [""] * len(sources)
+    for start in range(0, len(order), 32):
+        rows = order[start : start + 32]
+        batch = tokenizer.pad({"input_ids": [sources[i] for i in rows]}, return_tensors="pt")
+        found = generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+            num_beams=beams, max_new_tokens=LONGEST,
+        )  # fmt: skip
+        decoded = tokenizer.batch_decode(found, skip_special_tokens=True)
+        for row, text in zip(rows, decoded, strict=True):
+            texts[row] = text
+    return round(sacrebleu.corpus_bleu(texts, [references]).score, 2)
 
 
 class CTranslate2:
@@ -233,13 +250,17 @@ def measured(
     tokenizer = systems[0].tokenizer
     sources = [tokenizer(text)["input_ids"] for text in lines(data / "test_2016_flickr.de.gz")]
     references = lines(data / "test_2016_flickr.en.gz")
-    bleu = {
-        (s.name, beams): s.bleu(sources, references, beams) for s in systems for beams in (1, 4)
-    }
-    log(bleu)
     forms = {f"{s.name} {mode}": s.form(mode) for mode in modes for s in systems}
     first = next((s for s in systems if s.name == "A"), None)
     forms |= rivals(first, work, threads) if first else {}
+    scores: dict[tuple[str, int], float] = {}
+    for name, generate in forms.items():
+        system, _, mode = name.partition(" ")
+        if mode in ("eager", "exported") and f"{system} compiled" in forms:
+            continue  # the same tokens, a test of plmcc, sooner
+        for beams in (1, 4):
+            scores[name, beams] = bleu(generate, tokenizer, sources, references, beams)
+        log(name, {beams: scores[name, beams] for beams in (1, 4)})
     rows = []
     for batch, beams in SETTINGS:
         found = measure_generation(
@@ -248,11 +269,12 @@ def measured(
         )  # fmt: skip
         for item in found:
             system, _, mode = item.name.partition(" ")
+            own = (item.name, beams)
             rows.append({
                 "system": system, "mode": mode, "device": "cpu", "batch": batch, "beam": beams,
                 "tokens_per_second": round(item.tokens_per_second, 1),
                 "spread": round(item.spread, 1),
-                "bleu_test": bleu[system, beams] if "int8" not in mode else None,
+                "bleu_test": scores[own if own in scores else (f"{system} compiled", beams)],
             })  # fmt: skip
             log(rows[-1])
     return rows
@@ -266,7 +288,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, help="a trained A; else its recipe is applied")
     parser.add_argument("--systems", default="ABCDE")
-    parser.add_argument("--modes", nargs="*", default=["eager", "compiled", "exported"])
+    parser.add_argument("--modes", nargs="*", default=["eager", "compiled", "int8", "exported"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], dest="settings", help="for all recipes")

@@ -126,24 +126,23 @@ def best(logits_V: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     if candidates == 1:
         scores, tokens = logits.max(-1, keepdim=True)
         return scores, tokens
-    scores, tokens = _top(logits, candidates)
-    return scores - logits.logsumexp(-1, keepdim=True), tokens
-
-
-def _top(x_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`topk` of long rows. The best `count` lie in the `count` chunks with the best maxima; maxima
-    are quick, while torch's topk on a CPU took as long as a layer of the decoder."""
-    size = x_V.shape[-1]
-    width = math.isqrt(max(1, size // count))
-    chunks = math.ceil(size / width)
-    if chunks < 4 * count:
-        return x_V.topk(count, dim=-1)
-    padded = nn.functional.pad(x_V, (0, chunks * width - size), value=-math.inf)
-    chunk_GW = padded.unflatten(-1, (chunks, width))
-    chosen_K = chunk_GW.amax(-1).topk(count, dim=-1).indices
-    within_KW = chunk_GW.gather(-2, chosen_K[..., None].expand(*chosen_K.shape, width))
-    scores, flat = within_KW.flatten(-2).topk(count, dim=-1)
-    return scores, chosen_K.gather(-1, flat // width) * width + flat % width
+    size = logits.shape[-1]
+    wanted = math.isqrt(size * candidates)
+    groups = next((g for g in range(wanted, 2 * wanted) if size % g == 0), wanted)
+    if size < 4 * groups:
+        return logits.log_softmax(-1).topk(candidates, dim=-1)
+    # Token t is in group t % groups. The best tokens are in the groups with the best maxima, which
+    # are quick to find: torch's topk of all logits took as long as a layer of the decoder.
+    filled = nn.functional.pad(logits, (0, -size % groups), value=-math.inf)
+    rows_WG = filled.unflatten(-1, (-1, groups))
+    best_G = rows_WG.amax(-2)
+    chosen_K = best_G.topk(candidates, dim=-1).indices
+    index_WK = chosen_K[..., None, :].expand(*chosen_K.shape[:-1], rows_WG.shape[-2], candidates)
+    scores, flat = rows_WG.gather(-1, index_WK).flatten(-2).topk(candidates, dim=-1)
+    highest = best_G.amax(-1, keepdim=True)
+    total = (logits - highest).exp().sum(-1, keepdim=True).log() + highest
+    tokens = flat // candidates * groups + chosen_K.gather(-1, flat % candidates)
+    return scores - total, tokens
 
 
 def _decode(

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from plmcc.search import Search, search_tokens
 
-# Room in the self-attention cache, in tokens; doubled when it is full. Attention reads all of it,
-# so that a large cache costs time, and growing copies it, so that many sizes do too.
-_ROOM = 16
+# Room in the self-attention cache, in tokens; when it is full it grows by as much, or by a quarter.
+# Attention reads all of it, so that a large cache costs time, and growing copies it.
+_ROOM = 8
 # Tokens of padding that cost as much as another call of the encoder, roughly.
 _CALL = 64
 
@@ -137,7 +137,7 @@ class Decoder:
         self.own = [cache.index_select(0, index_A) for cache in self.own]
 
     def _grow(self) -> None:
-        room = min(max(_ROOM, 2 * self.length), max(self.limit, 2))
+        room = min(self.length + max(_ROOM, self.length // 4), max(self.limit, 2))
         more = (0, room - self.length)
         self.slots_ANT = functional.pad(self.slots_ANT, more, value=-1)
         if not self.own:
