@@ -74,9 +74,11 @@ def train(system: str, data: Path, work: Path, settings: list[str], teacher: Pat
     sets = [s for s in settings if new or not s.startswith("model.")]
     if system in "BCD" and teacher.exists():
         sets += [f"model.tokenizer={teacher}"]
+    cache = work / "teacher-translations"
     if system == "D":
-        sets += [f"train.distill.teacher={teacher}"]
-        sets += [f"train.distill.sequence.cache={work / 'teacher-translations'}"]
+        sets += [f"train.distill.teacher={teacher}", f"train.distill.sequence.cache={cache}"]
+    if system == "E":
+        sets += [f"stages.1.train.distill.sequence.cache={cache}"]
     recipe = plmcc.load_recipe(ROOT / "recipes" / f"{RECIPES[system]}.yaml", sets, real=True)
     base: Any = teacher if system == "E" else None
     plmcc.apply(recipe, base, folder, base=data, say=log)
