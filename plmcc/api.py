@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Hard", "Layout", "Miss", "Objective", "Pass", "Site", "Soft"]
 
-Layout = dict[str, int | float | bool | str | list[int] | None]
+Layout = dict[str, int | float | bool | str | list[int] | list[str] | None]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,13 @@ class Objective:
     """What a site adds to training: a loss, its own parameter groups, and a clock."""
 
     name: ClassVar[str] = ""
+
+    def begin(self, steps: int) -> None:
+        """Hear how many optimiser steps the stage has, before the first of them.
+
+        Raises:
+            PlmccError: that is too few for what the objective does.
+        """
 
     def advance(self, progress: float) -> None:
         """Move the clock: `progress` runs from 0 (start of the stage) to 1 (its end)."""

@@ -133,6 +133,7 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     model = source.model.eval()
     result = Result(model, bytes_before=component_bytes(model))
     _check_lower(recipe, model)
+    _check_trained(recipe)
     rows = evaluation_rows(recipe, source, base)
     taught = [stage for stage in recipe.steps() if stage.train]
     drafts = [(stage, lesson_of(stage, recipe, source, base)) for stage in taught]
@@ -173,6 +174,16 @@ def _check_lower(recipe: Recipe, model: PreTrainedModel) -> None:
         message = f"only translation models go to aoti, and {type(model).__name__} is none"
         raise error("PLM303", message, recipe.place(("lower", "to")), given="aoti",
                     allowed="compile", cure="remove `aoti`")  # fmt: skip
+
+
+def _check_trained(recipe: Recipe) -> None:
+    for number, stage in enumerate(recipe.steps()):
+        for index, chosen in enumerate(stage.passes):
+            reason = chosen.needs_training() if stage.train is None else ""
+            if reason:
+                cure = "add a `train` section to this stage"
+                place = recipe.pass_place(number, index)
+                raise error("PLM303", reason, place, given="no `train`", cure=cure)
 
 
 def _timed(work: Callable[[], Any], name: str, result: Result) -> Any:

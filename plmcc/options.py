@@ -42,6 +42,11 @@ class Pass(BaseModel):
     expect: int | None = Field(default=None, ge=1)
     """How many sites the targets must match; any other number is an error."""
 
+    def needs_training(self) -> str:
+        """Return why a stage with this pass must have a `train` section, or nothing if it need
+        not."""
+        return ""
+
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the sites this pass will rewrite, and for each one it refuses a `Miss` with the
         reason."""

@@ -230,6 +230,13 @@ class _Clock(TrainerCallback):
     def __init__(self, objectives: Sequence[Objective]) -> None:
         self.objectives = objectives
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Tell the objectives how long the stage is."""
+        for objective in self.objectives:
+            objective.begin(state.max_steps)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

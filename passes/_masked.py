@@ -1,0 +1,228 @@
+"""Linears under masks, and the scores that several of them may share (a helper of the movement
+pruning pass, not a pass)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from plmcc.passes._prunable import matrix
+from plmcc.passes._scores import (
+    L0_START,
+    Spread,
+    above,
+    gates,
+    kept_of,
+    left,
+    noise_like,
+    open_probability,
+    straight_through,
+    top,
+    two_of_four,
+)
+from plmcc.passes._storage import rounded
+
+_REFRESH = 25  # steps between two looks at all scores of the model, as in the official code
+
+
+@dataclass
+class Rules:
+    """How masks are made, and where the schedule stands. All layers of a pass share one object.
+
+    `left` is how much of the way from density 1 (or threshold 0) to the final value is left; 0
+    before and after training.
+    """
+
+    method: str
+    density: float
+    threshold: float
+    floor: float
+    wide: bool
+    """Whether one threshold is for all scores of the model (`scope: global`)."""
+    pattern: bool
+    """Whether two of every four weights are kept."""
+    int8: bool
+    """Whether finished weights are rounded to what 8 bits hold."""
+    warmup: float = 0.0
+    cooldown: float = 0.0
+    steps: int = 0
+    left: float = 0.0
+    units: list[Unit] = field(default_factory=list, repr=False)
+    _progress: float = -1.0
+    _ticks: int = 0
+    _cut: tuple[tuple[object, ...], float] = ((), 0.0)
+
+    def begin(self, steps: int) -> None:
+        """Learn how many optimiser steps there are."""
+        self.steps = steps
+
+    def fractions(self) -> tuple[float, float]:
+        """Return warm-up and cool-down as fractions of the stage; from 1 on they are in steps."""
+        steps = max(1, self.steps)
+        pair = (self.warmup, self.cooldown)
+        return tuple(value / steps if value >= 1 else value for value in pair)  # type: ignore[return-value]
+
+    def advance(self, progress: float) -> None:
+        """Move the clock. The official code counts steps from 1, hence the one step added."""
+        if progress == self._progress:
+            return
+        self._progress, self._ticks = progress, self._ticks + 1
+        ahead = min(1.0, progress + (1 / self.steps if self.steps else 0.0))
+        self.left = left(ahead, *self.fractions()) if progress < 1 else 0.0
+        training = progress < 1
+        for unit in self.units:
+            unit.draw(training and self.method == "l0")
+
+    def density_at(self, remaining: float) -> float:
+        """Return the density where so much of the way is left."""
+        return self.density + (1 - self.density) * remaining
+
+    def cut(self, remaining: float) -> float:
+        """Return the score above which the weights of the whole model make up the density."""
+        fresh = remaining == 0.0
+        key: tuple[object, ...] = (remaining == 0.0, self._ticks // _REFRESH)
+        key += tuple(unit.version() for unit in self.units) if fresh else ()
+        if self._cut[0] != key:
+            self._cut = (key, self._threshold(self.density_at(remaining)))
+        return self._cut[1]
+
+    @torch.no_grad()
+    def _threshold(self, density: float) -> float:
+        scores = torch.cat([unit.importance().flatten().cpu() for unit in self.units])
+        sizes = torch.cat([unit.sizes().flatten().cpu() for unit in self.units])
+        order = scores.argsort(descending=True)
+        within = sizes[order].double().cumsum(0) <= density * float(sizes.double().sum()) + 0.5
+        count = int(within.sum())
+        return float(scores[order[count - 1]]) if count else float("inf")
+
+
+class Unit(nn.Module):
+    """One score tensor: of a matrix, or of heads or neurons that several matrices have in common.
+
+    Its members are the masked linears; magnitude pruning has no scores of its own and takes the
+    mean magnitude of each group.
+    """
+
+    def __init__(self, rules: Rules, shape: tuple[int, ...], device: torch.device) -> None:
+        super().__init__()
+        self.rules, self.shape = rules, shape
+        self.members: tuple[Masked, ...] = ()
+        self.noise: Tensor | None = None
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self.scores: nn.Parameter | None = None
+        if rules.method != "magnitude":
+            start = L0_START if rules.method == "l0" else 0.0
+            self.scores = nn.Parameter(torch.full(shape, start, device=device))
+        rules.units.append(self)
+
+    def draw(self, wanted: bool) -> None:
+        """Draw new noise for the gates of the L0 method, or forget it."""
+        self.noise = noise_like(self.scores) if wanted and self.scores is not None else None
+
+    def version(self) -> tuple[object, ...]:
+        """Return a value that changes whenever what the mask is computed from is written to."""
+        if self.scores is not None:
+            return (id(self.scores), self.scores._version, self.scores.device)
+        weights = [member.weight for member in self.members]
+        return tuple(value for w in weights for value in (id(w), w._version, w.device))
+
+    def importance(self) -> Tensor:
+        """Return the scores; of magnitude pruning, mean magnitudes."""
+        if self.scores is not None:
+            return self.scores.detach()
+        sums = [m.spread.gather(m.matrix().abs(), self.shape) for m in self.members]
+        return torch.stack(sums).sum(0) / self.sizes()
+
+    def sizes(self) -> Tensor:
+        """Return how many weights stand behind each score."""
+        ones = [m.spread.gather(torch.ones_like(m.matrix()), self.shape) for m in self.members]
+        return torch.stack(ones).sum(0)
+
+    def mask(self, settled: bool) -> Tensor:
+        """Return the mask in the shape of the scores, with gradients to them.
+
+        `settled`: the final mask, as it is used for evaluation and hardening, whatever the
+        schedule says.
+        """
+        if self.rules.method == "l0":
+            assert self.scores is not None
+            return gates(self.scores, None if settled else self.noise)
+        remaining = 0.0 if settled else self.rules.left
+        mask = self._binary(remaining)
+        return straight_through(mask, self.scores) if self.scores is not None else mask.float()
+
+    def _binary(self, remaining: float) -> Tensor:
+        """Return the mask (bool); it is kept until the scores or the schedule change."""
+        key = (remaining, *self.version())
+        if self.rules.wide:
+            key += (self.rules.cut(remaining),)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._selected(remaining))
+        return self._kept[1]
+
+    @torch.no_grad()
+    def _selected(self, remaining: float) -> Tensor:
+        rules, scores = self.rules, self.importance()
+        if rules.method == "soft_movement":
+            return above(scores, rules.threshold * (1 - remaining), rules.floor)
+        if rules.wide:
+            return scores >= rules.cut(remaining)
+        count = kept_of(rules.density_at(remaining), scores.numel())
+        if not rules.pattern:
+            return top(scores, count)
+        pattern = two_of_four(scores)
+        return pattern | top(scores, count) if remaining else pattern
+
+    def penalty(self) -> Tensor:
+        """Return the mean of sigmoid(S), or of the L0 method P(gate != 0)."""
+        assert self.scores is not None
+        l0 = self.rules.method == "l0"
+        return (open_probability(self.scores) if l0 else torch.sigmoid(self.scores)).mean()
+
+
+class Masked(nn.Module):
+    """A linear map whose weight is multiplied by a mask. It keeps the parameters of the original,
+    under their names."""
+
+    def __init__(self, linear: nn.Module, unit: Unit, spread: Spread, owner: bool) -> None:
+        super().__init__()
+        self.original = (linear,)  # in a tuple: its parameters are ours
+        self.weight = linear.get_parameter("weight")
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", getattr(linear, "bias", None))
+        self.spread, self._unit = spread, (unit,)
+        if owner:  # several linears may share the unit; one of them registers it
+            self.unit = unit
+
+    def matrix(self) -> Tensor:
+        """Return the weight (out, in) without its mask."""
+        return matrix(self.original[0], self.weight)
+
+    def effective(self, settled: bool) -> Tensor:
+        """Return the masked weight (out, in)."""
+        weight = self.matrix()
+        masked = weight * self.spread(self._unit[0].mask(settled)).to(weight.dtype)
+        return rounded(masked) if settled and self._unit[0].rules.int8 else masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the masked map. Evaluation (no gradients, not in training mode) uses the final
+        mask."""
+        # Without dropout, training steps run in evaluation mode too: gradients tell them apart.
+        settled = not (self.training or torch.is_grad_enabled())
+        return F.linear(x, self.effective(settled), self.bias)
+
+
+def unit_of(
+    rules: Rules, linears: Sequence[nn.Module], spreads: Sequence[Spread], groups: int = 0
+) -> list[Masked]:
+    """Put linears under the masks of one new unit."""
+    shape = spreads[0].scores(groups)
+    unit = Unit(rules, shape, linears[0].get_parameter("weight").device)
+    pairs = enumerate(zip(linears, spreads, strict=True))
+    found = [Masked(linear, unit, spread, index == 0) for index, (linear, spread) in pairs]
+    unit.members = tuple(found)
+    return found

@@ -1,0 +1,123 @@
+"""Putting pruned linears into a layer and telling its attention modules of their fewer heads (a
+helper of the movement pruning pass, not a pass)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from plmcc.passes._prunable import Attention
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_WIDTHS = ("all_head_size", "inner_dim", "split_size")
+_KEPT = "_plmcc_kept_heads"
+
+
+class Zeros(nn.Module):
+    """What is left of a projection to heads or neurons that are all gone: zeros (..., width).
+
+    The queries, keys and values of one head stay in this form, without weights, so that attention
+    keeps writing to the cache, whose length tells the model where it is.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return zeros for states (..., D)."""
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+class Constant(nn.Module):
+    """What is left of an output projection that nothing goes into any longer: its bias."""
+
+    def __init__(self, width: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.width = width
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    @property
+    def weight(self) -> Tensor:
+        """A matrix without columns; T5 asks for its dtype."""
+        like = self.bias if self.bias is not None else torch.empty(0)
+        return like.new_zeros(self.width, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the bias (or zeros) for each of (..., in)."""
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+def resize(attention: nn.Module, block: Attention, kept: list[int]) -> None:
+    """Tell an attention module how many heads it has; `kept` numbers those of before.
+
+    Modules of a layer that lost all heads go on with one that is zero.
+    """
+    ratio = block.heads // block.kv_heads
+    heads = max(len(kept), ratio)
+    sizes = dict.fromkeys(_HEADS, (block.heads, heads))
+    sizes |= dict.fromkeys(_KV_HEADS, (block.kv_heads, heads // ratio))
+    sizes |= dict.fromkeys(_WIDTHS, (block.heads * block.head_dim, heads * block.head_dim))
+    for name, (old, new) in sizes.items():
+        if vars(attention).get(name) == old:
+            setattr(attention, name, new)
+    if "has_relative_attention_bias" in vars(attention):
+        _select_bias(attention, kept or list(range(ratio)), block.heads)
+
+
+def _select_bias(attention: nn.Module, kept: list[int], heads: int) -> None:
+    """T5: one layer computes the position bias of all heads for all layers; every layer takes the
+    heads that it has left, and hands on the whole."""
+    before = vars(attention).get(_KEPT)
+    if before is not None:
+        setattr(attention, _KEPT, [before[index] for index in kept])
+        return
+    setattr(attention, _KEPT, kept)
+    attention._plmcc_all_heads = heads  # type: ignore[assignment]
+    cls = type(attention)
+    body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    body["__doc__"] = cls.__doc__
+    attention.__class__ = type(cls.__name__, (_WithFewerHeads, cls), body)
+
+
+class _WithFewerHeads:
+    """Stands before a T5 attention class: position biases come and go with all heads."""
+
+    def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the bias (1, kept heads, T, S)."""
+        whole: Tensor = super().compute_bias(*args, **kwargs)  # type: ignore[misc]
+        return whole[:, vars(self)[_KEPT]]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Attend with the kept heads; return the position bias (1, all heads, T, S)."""
+        live = cast(Any, self)
+        run: Any = super().forward  # type: ignore[misc]
+        if position_bias is not None:
+            chosen = position_bias[:, vars(self)[_KEPT]]
+            result = run(hidden_states, mask, key_value_states, chosen, past_key_values, **kwargs)
+            return (result[0], position_bias, *result[2:])
+        past = 0 if past_key_values is None else past_key_values.get_seq_length(live.layer_idx)
+        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+        result = run(hidden_states, mask, key_value_states, None, past_key_values, **kwargs)
+        part: Tensor = result[1]
+        if live.has_relative_attention_bias:
+            sizes = part.shape[-2:]
+            whole: Tensor = super().compute_bias(  # type: ignore[misc]
+                *sizes, device=part.device, past_seen_tokens=past
+            )
+        else:  # cross-attention: zeros
+            whole = part[:, :1].expand(-1, live._plmcc_all_heads, -1, -1)
+        return (result[0], whole, *result[2:])
