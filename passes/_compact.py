@@ -163,3 +163,19 @@ def _fixed(up: Matrix, gate: Matrix | None, act: Activation | None) -> tuple[Ten
 def _activated(act: Activation | None, bias: Tensor) -> Tensor:
     """Return act(bias), or NaN where the activation is not known."""
     return torch.full_like(bias, torch.nan) if act is None else act(bias).float()
+
+
+def figures(parts: Parts, matrices: dict[str, Matrix], small: Compacted) -> dict[str, float]:
+    """Return counts of weights, heads and neurons before and after."""
+    total = sum(m.weight.numel() for m in matrices.values())
+    kept = sum(int((m.weight != 0).sum()) for m in matrices.values())
+    found = {"weights": total, "nonzero_weights": kept, "density": kept / total}
+    found["stored_weights"] = sum(m.weight.numel() for m in small.matrices.values())
+    if parts.attention:
+        heads = sum(block.heads for block in parts.attention)
+        found |= {"heads": heads, "heads_kept": sum(map(len, small.heads))}
+        found["uniform_heads"] = small.uniform
+    if parts.networks:
+        pairs = [len(matrices[n.linears["fc1"]].weight) for n in parts.networks]
+        found |= {"neurons": sum(pairs), "neurons_kept": sum(small.neurons)}
+    return {name: float(value) for name, value in found.items()}

@@ -56,6 +56,10 @@ class Parts:
     networks: tuple[Network, ...]
     refused: tuple[str, ...] = ()
 
+    def paths(self) -> list[str]:
+        """Return the paths in the layer of all linears."""
+        return [p for part in (*self.attention, *self.networks) for p in part.linears.values()]
+
 
 def read(program: Program, path: str, linears: dict[str, Site | Miss]) -> Parts | Miss:
     """Return the parts of a layer, or why it has none.

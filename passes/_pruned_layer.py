@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from plmcc.passes._prunable import Attention
+from plmcc.passes._compact import Compacted, Matrix
+from plmcc.passes._prunable import Attention, Parts, plain
+from plmcc.passes._storage import SparseLinear
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -51,6 +53,46 @@ class Constant(nn.Module):
         """Return the bias (or zeros) for each of (..., in)."""
         zeros = x.new_zeros(*x.shape[:-1], self.width)
         return zeros if self.bias is None else zeros + self.bias
+
+
+def zero_widths(parts: Parts, small: Compacted) -> dict[str, int]:
+    """Return how wide the zeros of projections to no heads are: one group of heads."""
+    widths: dict[str, int] = {}
+    for block in parts.attention:
+        ratio = block.heads // block.kv_heads
+        for role, path in block.linears.items():
+            times = {"q": ratio, "qkv": 3}.get(role, 1)
+            if len(small.matrices[path].weight) == 0:
+                widths[path] = times * block.head_dim
+    return widths
+
+
+def stored(like: nn.Module, part: Matrix, storage: str, width: int) -> tuple[str, nn.Module]:
+    """Return the form and the module of a matrix; `width` is of its zeros if it has no rows."""
+    rows, columns = part.weight.shape
+    if rows == 0:
+        return "zeros", Zeros(width)
+    if columns == 0:
+        return "constant", Constant(rows, part.bias)
+    if storage == "dense":
+        return "dense", plain(like, part.weight, part.bias)
+    return storage, SparseLinear.of(part.weight, part.bias, storage)
+
+
+def empty(old: nn.Module, shape: tuple[int, int], values: int, form: str) -> nn.Module:
+    """Return a module of a form whose tensors are still to be loaded."""
+    bias = getattr(old, "bias", None)
+    weight = old.get_parameter("weight")
+    if form == "zeros":
+        return Zeros(shape[0])
+    if form == "constant":
+        return Constant(shape[0], None if bias is None else bias.newempty(shape[0]))
+    if form == "dense":
+        fresh = None if bias is None else bias.newempty(shape[0])
+        return plain(old, weight.newempty(shape), fresh)
+    with torch.device(weight.device):
+        sparse = SparseLinear(shape, values, form, bias is not None)
+    return sparse.to(weight.dtype)
 
 
 def resize(attention: nn.Module, block: Attention, kept: list[int]) -> None:

@@ -3,8 +3,8 @@ movement pruning pass, not a pass).
 
 With R rows, C columns, N values of b bytes that are not zero: `bitmask` takes R*ceil(C/8) + N*b
 bytes, `csr` 4*(R+1) + N*(b + i), where a column index takes i = 2 bytes up to 65,536 columns and
-else 4, and `int8_csr` 4*(R+1) + N*(1 + i) + b, the last for the scale. What is stored comes back bit
-for bit; only going to 8 bits (symmetric, so that zeros stay zeros) rounds.
+else 4, and `int8_csr` 4*(R+1) + N*(1 + i) + b, the last for the scale. It comes back bit for bit;
+only going to 8 bits (symmetric, so that zeros stay zeros) rounds.
 """
 
 from __future__ import annotations

@@ -21,18 +21,16 @@ from torch import Tensor, nn
 
 from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
 from plmcc.diagnostics import error
-from plmcc.passes._compact import Compacted, Matrix, compact
+from plmcc.passes._compact import Compacted, Matrix, compact, figures
 from plmcc.passes._masked import Masked, Rules, Unit, unit_of
-from plmcc.passes._prunable import Attention, Network, Parts, by_path, matrix, plain, read
-from plmcc.passes._pruned_layer import Constant, Zeros, resize
-from plmcc.passes._scores import Spread, kept_of
-from plmcc.passes._storage import SparseLinear
+from plmcc.passes._plans import Plan, plans, shaped
+from plmcc.passes._prunable import Attention, Parts, by_path, matrix, read
+from plmcc.passes._pruned_layer import empty, resize, stored, zero_widths
+from plmcc.passes._scores import kept_of
 from plmcc.program import Program
 
 Size = Annotated[int, Field(ge=1, le=4096)]
-Shape = Literal[
-    "weight", "block", "row", "column", "head", "neuron", "2:4", "hybrid", "structured"
-]
+Shape = Literal["weight", "block", "row", "column", "head", "neuron", "2:4", "hybrid", "structured"]
 _LEARNED = ("l0", "movement", "soft_movement")
 
 
@@ -149,10 +147,10 @@ class MovementPruning(Pass):
 
     def _refusal(self, layer: nn.Module, parts: Parts) -> str:
         """Say why a layer cannot be pruned as asked; empty if it can."""
-        plans = [plan for part in (*parts.attention, *parts.networks) for plan in self._plans(part)]
-        if not plans:
+        found = list(shaped(layer, self._plans(parts)))
+        if not found:
             return "; ".join(parts.refused) or f"it has nothing that is a {self.granularity}"
-        for names, spreads, groups in _shaped(layer, plans):
+        for names, spreads, groups in found:
             weights = [layer.get_parameter(f"{name}.weight") for name in names]
             frozen = next((n for n, w in zip(names, weights, strict=True) if not w.requires_grad),
                           None)  # fmt: skip
@@ -167,38 +165,18 @@ class MovementPruning(Pass):
                 return f"{what} of {', '.join(names)}: at least {1 / count:.3g} is needed"
         return ""
 
-    def _plans(self, part: Attention | Network) -> list[_Plan]:
-        """Return the score tensors of a part: the linears of each, by their roles, and its kind."""
-        attention = isinstance(part, Attention)
-        kind, size = self._kind(attention)
-        if kind == "none":
-            return []
-        if kind == "head":
-            assert isinstance(part, Attention)
-            return [_Plan(part.linears, "groups", part.kv_heads)]
-        if kind == "neuron":
-            return [_Plan(part.linears, "groups", 0)]
-        return [_Plan({role: path}, kind, 0, size) for role, path in part.linears.items()]
-
-    def _kind(self, attention: bool) -> tuple[str, tuple[int, int]]:
-        """Return what is scored in attention or in the feed-forward network, and block sizes."""
-        chosen, size = self.granularity, (32, 32)
-        if isinstance(chosen, Blocks):
-            size = chosen.block or chosen.hybrid or size
-            chosen = "block" if chosen.block else "hybrid"
-        mixed = {
-            "hybrid": ("block", "neuron"), "structured": ("head", "neuron"),
-            "head": ("head", "none"), "neuron": ("none", "neuron"), "2:4": ("weight", "weight"),
-        }  # fmt: skip
-        return mixed.get(chosen, (chosen, chosen))[0 if attention else 1], size
+    def _plans(self, parts: Parts) -> list[Plan]:
+        chosen = self.granularity
+        if not isinstance(chosen, Blocks):
+            return plans(parts, chosen)
+        name, size = ("block", chosen.block) if chosen.block else ("hybrid", chosen.hybrid)
+        return plans(parts, name, size or (32, 32))
 
     def replace(self, site: Site) -> Soft:
         """Put the linears under masks."""
         parts, rules = site.facts["parts"], site.facts["rules"]
         masked: dict[str, Masked] = {}
-        pieces = (*parts.attention, *parts.networks)
-        plans = [plan for part in pieces for plan in self._plans(part)]
-        for names, spreads, groups in _shaped(site.module, plans):
+        for names, spreads, groups in shaped(site.module, self._plans(parts)):
             linears = [site.module.get_submodule(name) for name in names]
             masked |= dict(zip(names, unit_of(rules, linears, spreads, groups), strict=True))
         return MaskedLayer(site.module, parts, masked, self.storage)
@@ -211,41 +189,6 @@ class MovementPruning(Pass):
         weights = {"soft_movement": 400.0, "l0": 125.0}
         penalty = self.penalty if self.penalty is not None else weights.get(self.method, 0.0)
         return Pruning(soft, site.facts["rules"], rate, penalty)
-
-
-class _Plan:
-    """The linears, by their roles, that share one score tensor of a kind."""
-
-    def __init__(
-        self, linears: dict[str, str], kind: str, groups: int, block: tuple[int, int] = (1, 1)
-    ) -> None:
-        self.linears, self.kind, self.groups, self.block = linears, kind, groups, block
-
-    def spread(self, role: str, shape: tuple[int, int]) -> Spread:
-        """Return how scores become the mask of one of the matrices."""
-        if self.kind == "groups":
-            side = "columns" if role in ("o", "fc2") else "rows"
-            return Spread(side, shape, times=3 if role == "qkv" else 1)
-        if self.kind == "block":
-            # As in nn_pruning the block of the output projection lies on its side.
-            return Spread("blocks", shape, self.block[::-1] if role == "o" else self.block)
-        kinds = {"weight": "each", "row": "rows", "column": "columns"}
-        return Spread(kinds[self.kind], shape)
-
-
-def _shaped(
-    layer: nn.Module, plans: list[_Plan]
-) -> Iterator[tuple[list[str], list[Spread], int]]:
-    """Yield the paths, spreads and number of groups of each score tensor."""
-    for plan in plans:
-        shapes = {
-            role: tuple(matrix(layer.get_submodule(path)).shape)
-            for role, path in plan.linears.items()
-        }
-        spreads = [plan.spread(role, shape) for role, shape in shapes.items()]  # type: ignore[arg-type]
-        first = spreads[0]
-        side = first.shape[0 if first.kind == "rows" else 1]
-        yield list(plan.linears.values()), spreads, plan.groups or side
 
 
 class Pruning(Objective):
@@ -266,7 +209,7 @@ class Pruning(Objective):
         self.rules.begin(steps)
         warm, cool = self.rules.fractions()
         if warm + cool >= 1:
-            given = f"{steps} steps, of them {warm * steps:g} warm-up and {cool * steps:g} cool-down"
+            given = f"{steps} steps: {warm * steps:g} of warm-up, {cool * steps:g} of cool-down"
             raise error(
                 "PLM303", "the stage ends before the density has fallen", "movement_pruning.warmup",
                 given=given, allowed="warm-up and cool-down together shorter than the stage",
@@ -321,38 +264,22 @@ class MaskedLayer(Soft):
     @torch.no_grad()
     def harden(self) -> Hard:
         """Multiply masks into weights, remove what is empty, and store the rest as asked."""
-        matrices = {name: self._matrix(name) for part in (*self.parts.attention,
-                    *self.parts.networks) for name in part.linears.values()}  # fmt: skip
+        matrices = {name: self._matrix(name) for name in self.parts.paths()}
         small = compact(self.parts, matrices)
-        self._facts = _figures(self.parts, matrices, small)
+        self._facts = figures(self.parts, matrices, small)
         return PrunedLayer.of(self._layer[0], self.parts, small, self.storage)
 
     def _matrix(self, name: str) -> Matrix:
         linear = self._layer[0].get_submodule(name)
-        bias = linear.bias.detach().clone() if linear.bias is not None else None  # type: ignore[operator, union-attr]
+        given = getattr(linear, "bias", None)
+        bias = given.detach().clone() if given is not None else None
         if isinstance(linear, Masked):
-            return Matrix(linear.effective(settled=True).detach().clone(), bias)  # type: ignore[arg-type]
-        return Matrix(matrix(linear).detach().clone(), bias)  # type: ignore[arg-type]
+            return Matrix(linear.effective(settled=True).detach().clone(), bias)
+        return Matrix(matrix(linear).detach().clone(), bias)
 
     def facts(self) -> dict[str, float]:
         """Return what is left, after hardening."""
         return self._facts
-
-
-def _figures(parts: Parts, matrices: dict[str, Matrix], small: Compacted) -> dict[str, float]:
-    """Return counts of weights, heads and neurons before and after."""
-    total = sum(m.weight.numel() for m in matrices.values())
-    kept = sum(int((m.weight != 0).sum()) for m in matrices.values())
-    found = {"weights": total, "nonzero_weights": kept, "density": kept / total}
-    found["stored_weights"] = sum(m.weight.numel() for m in small.matrices.values())
-    if parts.attention:
-        heads = sum(block.heads for block in parts.attention)
-        found |= {"heads": heads, "heads_kept": sum(map(len, small.heads))}
-        found["uniform_heads"] = small.uniform
-    if parts.networks:
-        pairs = [len(matrices[n.linears["fc1"]].weight) for n in parts.networks]
-        found |= {"neurons": sum(pairs), "neurons_kept": sum(small.neurons)}
-    return {name: float(value) for name, value in found.items()}
 
 
 class PrunedLayer(Hard):
@@ -393,11 +320,11 @@ class PrunedLayer(Hard):
     @classmethod
     def of(cls, layer: nn.Module, parts: Parts, small: Compacted, storage: str) -> PrunedLayer:
         """Make the deployed form of a layer; `rewrite` puts it in place."""
-        ready, forms, width = {}, {}, _zero_widths(parts, small)
+        ready, forms, width = {}, {}, zero_widths(parts, small)
         for name, part in small.matrices.items():
             old = layer.get_submodule(name)
             like = old.original[0] if isinstance(old, Masked) else old
-            forms[name], ready[name] = _stored(like, part, storage, width.get(name, 0))
+            forms[name], ready[name] = stored(like, part, storage, width.get(name, 0))
             ready[name].train(layer.training)
         sizes = [getattr(ready[name], "values", None) for name in ready]
         shapes = [tuple(small.matrices[name].weight.shape) for name in ready]
@@ -428,49 +355,9 @@ class PrunedLayer(Hard):
             module = self._ready.get(name)
             if module is None:
                 old = layer.get_submodule(name)
-                module = _empty(old, (rows, columns), values, form).train(old.training)
+                module = empty(old, (rows, columns), values, form).train(old.training)
             layer.set_submodule(name, module)
         self._ready = {}
         for block, kept in self.blocks:
             if len(kept) < block.heads:
                 resize(layer.get_submodule(block.path), block, kept)
-
-
-def _zero_widths(parts: Parts, small: Compacted) -> dict[str, int]:
-    """Return how wide the zeros of projections to no heads are: one group of heads."""
-    widths: dict[str, int] = {}
-    for block in parts.attention:
-        ratio = block.heads // block.kv_heads
-        for role, path in block.linears.items():
-            times = {"q": ratio, "qkv": 3}.get(role, 1)
-            if len(small.matrices[path].weight) == 0:
-                widths[path] = times * block.head_dim
-    return widths
-
-
-def _stored(like: nn.Module, part: Matrix, storage: str, width: int) -> tuple[str, nn.Module]:
-    """Return the form and the module of a matrix; `width` is of its zeros if it has no rows."""
-    rows, columns = part.weight.shape
-    if rows == 0:
-        return "zeros", Zeros(width)
-    if columns == 0:
-        return "constant", Constant(rows, part.bias)
-    if storage == "dense":
-        return "dense", plain(like, part.weight, part.bias)
-    return storage, SparseLinear.of(part.weight, part.bias, storage)
-
-
-def _empty(old: nn.Module, shape: tuple[int, int], values: int, form: str) -> nn.Module:
-    """Return a module of a form whose tensors are still to be loaded."""
-    bias = getattr(old, "bias", None)
-    weight = old.get_parameter("weight")
-    if form == "zeros":
-        return Zeros(shape[0])
-    if form == "constant":
-        return Constant(shape[0], None if bias is None else bias.new_empty(shape[0]))
-    if form == "dense":
-        fresh = None if bias is None else bias.new_empty(shape[0])
-        return plain(old, weight.new_empty(shape), fresh)
-    with torch.device(weight.device):
-        sparse = SparseLinear(shape, values, form, bias is not None)
-    return sparse.to(weight.dtype)

@@ -24,6 +24,7 @@ from plmcc.variants import Variant, find_variants, graph_module_for, lookup, sen
 
 _Forward = Callable[..., Any]
 _MARK = "_plmcc_layer"
+_STAYS = "_plmcc_stays_layer"
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,13 @@ def trace_layer(module: nn.Module, path: str = "", taps: Iterable[str] = ()) -> 
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    """Say whether a module is a layer that was put back."""
-    return isinstance(vars(type(module)).get(_MARK), Layer)
+    """Say whether a module is a layer that was put back, or that a pass has rewritten."""
+    return isinstance(vars(type(module)).get(_MARK), Layer) or _STAYS in vars(module)
+
+
+def remain_layer(module: nn.Module) -> None:
+    """Make a layer that a pass rewrites remain one, whatever the pass leaves in it."""
+    vars(module)[_STAYS] = True
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

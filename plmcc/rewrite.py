@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from plmcc import catalog
 from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
 from plmcc.diagnostics import Place, PlmccError, error
+from plmcc.layers import remain_layer
 from plmcc.program import Program
 
 
@@ -236,7 +237,10 @@ def splice(
     A replacement of a layer rewrites the layer that is there.
     """
     if roles[0] == "layer":
-        module.rewrite(Program(model), paths[0])
+        program = Program(model)
+        if paths[0] in program.layer_paths():
+            remain_layer(model.get_submodule(paths[0]))
+        module.rewrite(program, paths[0])
         return
     ties = [(part, part.get_expanded_tied_weights_keys()) for part in _models(model)]
     model.set_submodule(paths[0], module)

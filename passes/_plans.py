@@ -1,0 +1,72 @@
+"""Which linears of a layer share a score tensor, by granularity (a helper of the movement pruning
+pass, not a pass)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from plmcc.passes._prunable import Attention, Parts, matrix
+from plmcc.passes._scores import Spread
+
+_KINDS = {
+    "hybrid": ("block", "neuron"),
+    "structured": ("head", "neuron"),
+    "head": ("head", "none"),
+    "neuron": ("none", "neuron"),
+    "2:4": ("weight", "weight"),
+}
+"""What is scored in attention and in the feed-forward network, where that differs from the name."""
+_SPREADS = {"weight": "each", "row": "rows", "column": "columns", "block": "blocks"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One score tensor to be: role -> path of its linears, and how it spreads over them.
+
+    `kind` is "groups" (heads or neurons, as many as `groups`, or as fc1 has rows), or that of a
+    `Spread`.
+    """
+
+    linears: dict[str, str]
+    kind: str
+    groups: int = 0
+    block: tuple[int, int] = (1, 1)
+
+    def spread(self, role: str, shape: tuple[int, int]) -> Spread:
+        """Return how scores become the mask of one of the matrices."""
+        if self.kind == "groups":
+            side = "columns" if role in ("o", "fc2") else "rows"
+            return Spread(side, shape, times=3 if role == "qkv" else 1)
+        # As in nn_pruning the block of the output projection lies on its side.
+        return Spread(self.kind, shape, self.block[::-1] if role == "o" else self.block)
+
+
+def plans(parts: Parts, granularity: str, block: tuple[int, int] = (32, 32)) -> list[Plan]:
+    """Return the score tensors of a layer."""
+    kinds = _KINDS.get(granularity, (granularity, granularity))
+    found: list[Plan] = []
+    for part in (*parts.attention, *parts.networks):
+        attention = isinstance(part, Attention)
+        kind = kinds[0 if attention else 1]
+        if kind in ("head", "neuron"):
+            groups = part.kv_heads if isinstance(part, Attention) else 0
+            found.append(Plan(part.linears, "groups", groups))
+        elif kind != "none":
+            every = part.linears.items()
+            found += [Plan({role: path}, _SPREADS[kind], 0, block) for role, path in every]
+    return found
+
+
+def shaped(layer: nn.Module, found: list[Plan]) -> Iterator[tuple[list[str], list[Spread], int]]:
+    """Yield the paths, spreads and number of groups of each score tensor."""
+    for plan in found:
+        spreads = []
+        for role, path in plan.linears.items():
+            rows, columns = matrix(layer.get_submodule(path)).shape
+            spreads.append(plan.spread(role, (rows, columns)))
+        first = spreads[0]
+        side = first.shape[0 if first.kind == "rows" else 1]
+        yield list(plan.linears.values()), spreads, plan.groups or side
