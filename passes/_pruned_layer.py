@@ -86,10 +86,10 @@ def empty(old: nn.Module, shape: tuple[int, int], values: int, form: str) -> nn.
     if form == "zeros":
         return Zeros(shape[0])
     if form == "constant":
-        return Constant(shape[0], None if bias is None else bias.newempty(shape[0]))
+        return Constant(shape[0], None if bias is None else bias.new_empty(shape[0]))
     if form == "dense":
-        fresh = None if bias is None else bias.newempty(shape[0])
-        return plain(old, weight.newempty(shape), fresh)
+        fresh = None if bias is None else bias.new_empty(shape[0])
+        return plain(old, weight.new_empty(shape), fresh)
     with torch.device(weight.device):
         sparse = SparseLinear(shape, values, form, bias is not None)
     return sparse.to(weight.dtype)
