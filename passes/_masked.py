@@ -25,6 +25,7 @@ from plmcc.passes._scores import (
     two_of_four,
 )
 from plmcc.passes._storage import rounded
+from plmcc.passes._target import Aim
 
 _REFRESH = 25  # steps between two looks at all scores of the model, as in the official code
 
@@ -51,7 +52,9 @@ class Rules:
     cooldown: float = 0.0
     steps: int = 0
     left: float = 0.0
+    aim: Aim | None = None
     units: list[Unit] = field(default_factory=list, repr=False)
+    _aimed: tuple[object, ...] = ()
     _progress: float = -1.0
     _ticks: int = 0
     _cut: tuple[tuple[object, ...], float] = ((), 0.0)
@@ -77,14 +80,32 @@ class Rules:
         for unit in self.units:
             unit.draw(training and self.method == "l0")
 
-    def density_at(self, remaining: float) -> float:
-        """Return the density where so much of the way is left."""
-        return self.density + (1 - self.density) * remaining
+    def density_at(self, remaining: float, final: float | None = None) -> float:
+        """Return the density where so much of the way is left to the final one."""
+        density = self.density if final is None else final
+        return density + (1 - density) * remaining
+
+    def steer(self) -> None:
+        """Fit densities to a target: 20 times in a training, and whenever scores have changed after
+        it."""
+        if self.aim is None:
+            return
+        key: tuple[object, ...] = (int(20 * self._progress),)
+        if not 0 <= self._progress < 1:
+            key = tuple(unit.version() for unit in self.units)
+        if key != self._aimed:
+            self._aimed = key  # first: measuring asks for masks
+            self.aim.steer(self._apply)
+
+    def _apply(self, densities: list[float]) -> None:
+        self.density = densities[0]
+        for unit, density in zip(self.units, densities, strict=True):
+            unit.density = density
 
     def cut(self, remaining: float) -> float:
         """Return the score above which the weights of the whole model make up the density."""
         fresh = remaining == 0.0
-        key: tuple[object, ...] = (remaining == 0.0, self._ticks // _REFRESH)
+        key: tuple[object, ...] = (fresh, self._ticks // _REFRESH, self.density)
         key += tuple(unit.version() for unit in self.units) if fresh else ()
         if self._cut[0] != key:
             self._cut = (key, self._threshold(self.density_at(remaining)))
@@ -107,9 +128,15 @@ class Unit(nn.Module):
     mean magnitude of each group.
     """
 
-    def __init__(self, rules: Rules, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        shape: tuple[int, ...],
+        device: torch.device,
+        density: float | None = None,
+    ) -> None:
         super().__init__()
-        self.rules, self.shape = rules, shape
+        self.rules, self.shape, self.density = rules, shape, density
         self.members: tuple[Masked, ...] = ()
         self.noise: Tensor | None = None
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
@@ -157,7 +184,8 @@ class Unit(nn.Module):
 
     def _binary(self, remaining: float) -> Tensor:
         """Return the mask (bool); it is kept until the scores or the schedule change."""
-        key = (remaining, *self.version())
+        self.rules.steer()
+        key = (remaining, self.density, *self.version())
         if self.rules.wide:
             key += (self.rules.cut(remaining),)
         if self._kept is None or self._kept[0] != key:
@@ -171,7 +199,7 @@ class Unit(nn.Module):
             return above(scores, rules.threshold * (1 - remaining), rules.floor)
         if rules.wide:
             return scores >= rules.cut(remaining)
-        count = kept_of(rules.density_at(remaining), scores.numel())
+        count = kept_of(rules.density_at(remaining, self.density), scores.numel())
         if not rules.pattern:
             return top(scores, count)
         pattern = two_of_four(scores)
@@ -217,11 +245,16 @@ class Masked(nn.Module):
 
 
 def unit_of(
-    rules: Rules, linears: Sequence[nn.Module], spreads: Sequence[Spread], groups: int = 0
+    rules: Rules,
+    linears: Sequence[nn.Module],
+    spreads: Sequence[Spread],
+    groups: int = 0,
+    density: float | None = None,
 ) -> list[Masked]:
-    """Put linears under the masks of one new unit."""
+    """Put linears under the masks of one new unit; `density` is its own if not that of the
+    rules."""
     shape = spreads[0].scores(groups)
-    unit = Unit(rules, shape, linears[0].get_parameter("weight").device)
+    unit = Unit(rules, shape, linears[0].get_parameter("weight").device, density)
     pairs = enumerate(zip(linears, spreads, strict=True))
     found = [Masked(linear, unit, spread, index == 0) for index, (linear, spread) in pairs]
     unit.members = tuple(found)

@@ -3,7 +3,7 @@ pass, not a pass)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -60,13 +60,34 @@ def plans(parts: Parts, granularity: str, block: tuple[int, int] = (32, 32)) -> 
     return found
 
 
-def shaped(layer: nn.Module, found: list[Plan]) -> Iterator[tuple[list[str], list[Spread], int]]:
-    """Yield the paths, spreads and number of groups of each score tensor."""
-    for plan in found:
-        spreads = []
-        for role, path in plan.linears.items():
-            rows, columns = matrix(layer.get_submodule(path)).shape
-            spreads.append(plan.spread(role, (rows, columns)))
-        first = spreads[0]
-        side = first.shape[0 if first.kind == "rows" else 1]
-        yield list(plan.linears.values()), spreads, plan.groups or side
+@dataclass(frozen=True)
+class Scored:
+    """A plan for the linears of a live layer: their paths, how the scores spread over them, and
+    how many groups rows or columns make."""
+
+    names: list[str]
+    spreads: list[Spread]
+    groups: int
+    removable: bool
+    """Whether a group is a head or neuron, and goes with its biases."""
+
+    @property
+    def count(self) -> int:
+        """The number of scores."""
+        return math.prod(self.spreads[0].scores(self.groups))
+
+
+def scored(layer: nn.Module, found: list[Plan]) -> list[Scored]:
+    """Return the plans with the sizes of a layer."""
+    return [_scored(layer, plan) for plan in found]
+
+
+def _scored(layer: nn.Module, plan: Plan) -> Scored:
+    spreads = []
+    for role, path in plan.linears.items():
+        rows, columns = matrix(layer.get_submodule(path)).shape
+        spreads.append(plan.spread(role, (rows, columns)))
+    first = spreads[0]
+    side = first.shape[0 if first.kind == "rows" else 1]
+    names = list(plan.linears.values())
+    return Scored(names, spreads, plan.groups or side, plan.kind == "groups")

@@ -12,7 +12,9 @@ rest, zeros are stored densely, as a bit mask with values, or as compressed rows
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -23,15 +25,17 @@ from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
 from plmcc.diagnostics import error
 from plmcc.passes._compact import Compacted, Matrix, compact, figures, whole
 from plmcc.passes._masked import Masked, Rules, Unit, unit_of
-from plmcc.passes._plans import Plan, plans, shaped
-from plmcc.passes._prunable import Attention, Parts, by_path, matrix, read
+from plmcc.passes._plans import Plan, Scored, plans, scored
+from plmcc.passes._prunable import Attention, Parts, by_path, matrix, plain, read
 from plmcc.passes._pruned_layer import empty, resize, stored, zero_widths
+from plmcc.passes._refill import refilled
 from plmcc.passes._scores import kept_of
+from plmcc.passes._target import Aim, Budget, operations, parameters
 from plmcc.program import Program
 
 Size = Annotated[int, Field(ge=1, le=4096)]
 Shape = Literal["weight", "block", "row", "column", "head", "neuron", "2:4", "hybrid", "structured"]
-_LEARNED = ("l0", "movement", "soft_movement")
+_WHOLE = ("head", "neuron", "structured")
 
 
 class Blocks(BaseModel):
@@ -51,6 +55,25 @@ class Blocks(BaseModel):
         return self
 
 
+class Target(BaseModel):
+    """What the pruned layers are to keep, as a part of what they have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    parameters: float | None = Field(None, gt=0, lt=1)
+    """Of their parameters (weights that are not zero, biases, norms)."""
+    flops: float | None = Field(None, gt=0, lt=1)
+    """Of their multiply-adds a token, those of attention itself included."""
+    length: int = Field(128, ge=1)
+    """For `flops`: tokens in a sequence."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Target:
+        if (self.parameters is None) == (self.flops is None):
+            raise ValueError("give either `parameters` or `flops`")
+        return self
+
+
 class MovementPruning(Pass):
     """Prune layers by weights, blocks, heads or neurons while they are fine-tuned."""
 
@@ -65,9 +88,10 @@ class MovementPruning(Pass):
 
     targets: str | list[str] = "layers"
     """Which layers."""
-    method: Literal["magnitude", "l0", "movement", "soft_movement"] = "movement"
+    method: Literal["magnitude", "l0", "movement", "soft_movement", "refill"] = "movement"
     """What decides: the weights' magnitude, or scores learned with them. `magnitude` needs no
-    training."""
+    training. `refill` prunes nothing: it trains all weights again that an earlier stage has set to
+    zero in what it kept."""
     granularity: Shape | Blocks = "weight"
     """What is kept or dropped as one. `neuron`: a row of fc1 (and gate) with its column of fc2.
     `hybrid`: 32 x 32 blocks in attention, neurons in the feed-forward network; other sizes as
@@ -94,30 +118,43 @@ class MovementPruning(Pass):
     storage: Literal["dense", "bitmask", "csr", "int8_csr"] = "dense"
     """How the remaining matrices are stored. `int8_csr` rounds weights to 8 bits."""
 
+    target: Target | None = None
+    """Instead of `density`: what the pruned layers are to keep, met within 3 %."""
+    seed: int = Field(0, ge=0)
+    """Refill: of the noise."""
+
     @model_validator(mode="after")
     def _has_effect(self) -> MovementPruning:
         """Refuse options that the others make meaningless."""
         soft, hard = self.method == "soft_movement", self.method in ("magnitude", "movement")
+        masks, fixed = self.method != "refill", self.granularity == "2:4"
         fields = type(self).model_fields
         used = {
-            "density": hard and self.granularity != "2:4", "scope": hard, "threshold": soft,
-            "penalty": soft or self.method == "l0", "floor": soft,
-            "score_learning_rate": self.method != "magnitude",
+            "density": hard and not fixed and self.target is None, "scope": hard and not fixed,
+            "target": hard and not fixed, "threshold": soft, "floor": soft,
+            "penalty": soft or self.method == "l0",
+            "score_learning_rate": self.method in ("movement", "soft_movement", "l0"),
+            "granularity": masks, "warmup": masks, "cooldown": masks, "seed": not masks,
         }  # fmt: skip
         for name, has_effect in used.items():
             if not has_effect and getattr(self, name) != fields[name].default:
                 given = f"method `{self.method}`, granularity `{self.granularity}`"
+                given += ", `target`" if name == "density" and self.target else ""
                 raise ValueError(f"`{name}` has no effect with {given}: remove it")
-        if self.granularity == "2:4" and (not hard or self.scope == "global"):
-            raise ValueError("`2:4` goes with method magnitude or movement and scope local")
-        if 0 < self.warmup < 1 and self.warmup + min(self.cooldown, 1) >= 1 > self.cooldown:
+        if fixed and not hard:
+            raise ValueError("`2:4` goes with method magnitude or movement")
+        if self.target and self.target.flops and self.granularity not in _WHOLE:
+            raise ValueError(f"zeros save no operations: `flops` goes with {', '.join(_WHOLE)}")
+        if self.warmup < 1 and self.cooldown < 1 <= self.warmup + self.cooldown:
             raise ValueError("`warmup` and `cooldown` leave no time in which the density falls")
         return self
 
     def needs_training(self) -> str:
-        """Scores are learned; magnitudes are there."""
-        if self.method not in _LEARNED:
+        """Magnitudes are there; scores, and weights in the place of zeros, are learned."""
+        if self.method == "magnitude":
             return ""
+        if self.method == "refill":
+            return "`method: refill` puts noise in the place of zeros: it has to be trained"
         return f"the scores of `method: {self.method}` are learned: without training they are equal"
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
@@ -125,15 +162,20 @@ class MovementPruning(Pass):
         rules = self._rules()
         found = program.resolve(self.targets, "layer", self.expect)
         linears = by_path(program)
+        sites = []
         for site in found:
             parts = site if isinstance(site, Miss) else read(program, site.path, linears)
             if isinstance(parts, Miss):
                 yield parts
             elif isinstance(site, Site):
-                reason = self._refusal(site.module, parts)
-                facts = {"parts": parts, "rules": rules}
-                fine = Site(site.kind, site.paths, site.roles, site.modules, facts)
-                yield Miss(site.path, reason) if reason else fine
+                groups = scored(site.module, self._plans(parts))
+                reason = self._refusal(site.module, parts, groups)
+                facts = {"parts": parts, "rules": rules, "scored": groups}
+                if reason:
+                    yield Miss(site.path, reason)
+                else:
+                    sites.append(replace(site, facts=facts))
+        yield from sites if self.target is None else self._aimed(sites, rules, self.target)
 
     def _rules(self) -> Rules:
         return Rules(
@@ -148,26 +190,6 @@ class MovementPruning(Pass):
             cooldown=self.cooldown,
         )
 
-    def _refusal(self, layer: nn.Module, parts: Parts) -> str:
-        """Say why a layer cannot be pruned as asked; empty if it can."""
-        found = list(shaped(layer, self._plans(parts)))
-        if not found:
-            return "; ".join(parts.refused) or f"it has nothing that is a {self.granularity}"
-        for names, spreads, groups in found:
-            weights = [layer.get_parameter(f"{name}.weight") for name in names]
-            frozen = next((n for n, w in zip(names, weights, strict=True) if not w.requires_grad),
-                          None)  # fmt: skip
-            if frozen and self.method in _LEARNED:
-                return f"{frozen} is frozen, and the scores are learned from its gradients"
-            count = torch.Size(spreads[0].scores(groups)).numel()
-            if self.granularity == "2:4" and spreads[0].shape[1] % 4:
-                return f"the {spreads[0].shape[1]} columns of {names[0]} are no multiple of 4"
-            local = self.scope == "local" and self.method in ("magnitude", "movement")
-            if local and self.granularity != "2:4" and kept_of(self.density, count) < 1:
-                what = f"density {self.density:g} keeps less than one of the {count} groups"
-                return f"{what} of {', '.join(names)}: at least {1 / count:.3g} is needed"
-        return ""
-
     def _plans(self, parts: Parts) -> list[Plan]:
         chosen = self.granularity
         if not isinstance(chosen, Blocks):
@@ -175,20 +197,81 @@ class MovementPruning(Pass):
         name, size = ("block", chosen.block) if chosen.block else ("hybrid", chosen.hybrid)
         return plans(parts, name, size or (32, 32))
 
+    def _refusal(self, layer: nn.Module, parts: Parts, groups: list[Scored]) -> str:
+        """Say why a layer cannot be pruned as asked; empty if it can."""
+        if not groups:
+            return "; ".join(parts.refused) or f"it has nothing that is a {self.granularity}"
+        weights = {n: layer.get_parameter(f"{n}.weight") for group in groups for n in group.names}
+        frozen = next((name for name, weight in weights.items() if not weight.requires_grad), None)
+        if frozen and self.method != "magnitude":
+            return f"{frozen} is frozen: neither it nor scores for it can be trained"
+        if self.method == "refill":
+            zeros = any(bool((weight == 0).any()) for weight in weights.values())
+            return "" if zeros else "it has no zeros in the place of which something could grow"
+        return next(filter(None, map(self._too_few, groups)), "")
+
+    def _too_few(self, group: Scored) -> str:
+        names, columns = ", ".join(group.names), group.spreads[0].shape[1]
+        if self.granularity == "2:4":
+            return f"the {columns} columns of {names} are no multiple of 4" if columns % 4 else ""
+        local = self.scope == "local" and self.method in ("magnitude", "movement")
+        if not local or self.target is not None or kept_of(self.density, group.count):
+            return ""
+        what = f"density {self.density:g} keeps less than one of the {group.count} groups"
+        return f"{what} of {names}: at least {1 / group.count:.3g} is needed"
+
+    def _aimed(self, sites: list[Site], rules: Rules, target: Target) -> Iterator[Site | Miss]:
+        """Yield the sites with densities that meet the target together, or say that none do."""
+        budget, aim = Budget(), target.parameters or target.flops or 0.0
+        for site in sites:
+            parts, groups = site.facts["parts"], site.facts["scored"]
+            budget += (
+                parameters(site.module, groups)
+                if target.parameters
+                else operations(site.module, parts, groups, target.length)
+            )
+        steered = Aim(budget, aim, self.scope == "global")
+        found = steered.densities(aim) if sites else None
+        if found is None:
+            least = f"these layers keep at least {budget.floor(steered.together):.3g}"
+            reason = f"no density keeps {aim:g} within 3 %: {least}"
+            yield from (Miss(site.path, reason) for site in sites)
+            return
+        rules.density = found[0]
+        rules.aim = steered if target.parameters else None
+        for site in sites:
+            count = len(site.facts["scored"])
+            yield replace(site, facts=site.facts | {"densities": found[:count]})
+            found = found[count:]
+
     def replace(self, site: Site) -> Soft:
-        """Put the linears under masks."""
+        """Put the linears under masks, or noise in the place of their zeros."""
         parts, rules = site.facts["parts"], site.facts["rules"]
-        masked: dict[str, Masked] = {}
-        for names, spreads, groups in shaped(site.module, self._plans(parts)):
-            linears = [site.module.get_submodule(name) for name in names]
-            masked |= dict(zip(names, unit_of(rules, linears, spreads, groups), strict=True))
-        return MaskedLayer(site.module, parts, masked, self.storage, self.compact)
+        groups: list[Scored] = site.facts["scored"]
+        densities = site.facts.get("densities", [None] * len(groups))
+        inside: dict[str, nn.Module] = {}
+        if self.method == "refill":
+            generator = torch.Generator().manual_seed(self.seed + zlib.crc32(site.path.encode()))
+            for name in parts.paths():
+                linear = site.module.get_submodule(name)
+                weight = refilled(matrix(linear).detach(), generator)
+                inside[name] = plain(linear, weight, getattr(linear, "bias", None))
+            return PrunableLayer(site.module, parts, inside, self)
+        for group, density in zip(groups, densities, strict=True):
+            linears = [site.module.get_submodule(name) for name in group.names]
+            made = unit_of(rules, linears, group.spreads, group.groups, density)
+            inside |= dict(zip(group.names, made, strict=True))
+        layer = PrunableLayer(site.module, parts, inside, self)
+        if rules.aim is not None:
+            rules.aim.layers.append(layer)
+        return layer
 
     def objective(self, site: Site, soft: Soft) -> Objective | None:
         """Return the clock, the penalty and the learning rate of a layer's scores."""
-        assert isinstance(soft, MaskedLayer)
-        rates = {"l0": 0.1, "magnitude": 0.0}
-        rate = self.score_learning_rate or rates.get(self.method, 0.01)
+        assert isinstance(soft, PrunableLayer)
+        if self.method == "refill":
+            return None
+        rate = self.score_learning_rate or (0.1 if self.method == "l0" else 0.01)
         weights = {"soft_movement": 400.0, "l0": 125.0}
         penalty = self.penalty if self.penalty is not None else weights.get(self.method, 0.0)
         return Pruning(soft, site.facts["rules"], rate, penalty)
@@ -199,7 +282,7 @@ class Pruning(Objective):
 
     name = "movement_pruning"
 
-    def __init__(self, soft: MaskedLayer, rules: Rules, rate: float, penalty: float) -> None:
+    def __init__(self, soft: PrunableLayer, rules: Rules, rate: float, penalty: float) -> None:
         self.soft, self.rules, self.rate, self.penalty = soft, rules, rate, penalty
 
     def begin(self, steps: int) -> None:
@@ -243,43 +326,54 @@ class Pruning(Objective):
         return [{"params": scores, "lr": self.rate, "weight_decay": 0.0}] if scores else []
 
 
-class MaskedLayer(Soft):
-    """A layer whose linears are under masks."""
+class PrunableLayer(Soft):
+    """A layer whose linears are under masks, or have new weights in the place of zeros."""
 
     def __init__(
         self,
         layer: nn.Module,
         parts: Parts,
-        masked: dict[str, Masked],
-        storage: str,
-        compact: bool,
+        inside: dict[str, nn.Module],
+        options: MovementPruning,
     ) -> None:
         super().__init__()
-        self._layer, self.parts, self.names, self.storage = (layer,), parts, list(masked), storage
-        self.compact = compact
-        self.masked = nn.ModuleList(masked.values())
+        self._layer, self.parts, self.names, self.options = (layer,), parts, list(inside), options
+        known = {id(p) for n in parts.paths() for p in layer.get_submodule(n).parameters()}
+        self._others = sum(p.numel() for p in layer.parameters() if id(p) not in known)
+        self.inside = nn.ModuleList(inside.values())
         self._facts: dict[str, float] = {}
 
     def units(self) -> list[Unit]:
         """Return the score tensors of this layer."""
-        return [m.unit for m in self.masked if isinstance(m, Masked) and "unit" in m._modules]
+        return [m.unit for m in self.inside if isinstance(m, Masked) and "unit" in m._modules]
 
     def rewrite(self, program: Program, path: str) -> None:
-        """Put the masked linears into the layer."""
+        """Put the linears into the layer."""
         layer = program.model.get_submodule(path)
-        for name, module in zip(self.names, self.masked, strict=True):
+        for name, module in zip(self.names, self.inside, strict=True):
             layer.set_submodule(name, module)
 
     @torch.no_grad()
     def harden(self) -> Hard:
         """Multiply masks into weights, remove what is empty, and store the rest as asked."""
-        matrices = {name: self._matrix(name) for name in self.parts.paths()}
-        small = compact(self.parts, matrices) if self.compact else whole(self.parts, matrices)
+        matrices, small = self._compacted()
         self._facts = figures(self.parts, matrices, small)
-        return PrunedLayer.of(self._layer[0], self.parts, small, self.storage)
+        return PrunedLayer.of(self._layer[0], self.parts, small, self.options.storage)
+
+    @torch.no_grad()
+    def remaining(self) -> int:
+        """Return how many parameters there would be, zeros of pruned matrices left out."""
+        every = self._compacted()[1].matrices.values()
+        biases = sum(len(m.bias) for m in every if m.bias is not None)
+        return self._others + biases + sum(int((m.weight != 0).sum()) for m in every)
+
+    def _compacted(self) -> tuple[dict[str, Matrix], Compacted]:
+        matrices = {name: self._matrix(name) for name in self.parts.paths()}
+        return matrices, (compact if self.options.compact else whole)(self.parts, matrices)
 
     def _matrix(self, name: str) -> Matrix:
-        linear = self._layer[0].get_submodule(name)
+        linear = dict(zip(self.names, self.inside, strict=True)).get(name)
+        linear = self._layer[0].get_submodule(name) if linear is None else linear
         given = getattr(linear, "bias", None)
         bias = given.detach().clone() if given is not None else None
         if isinstance(linear, Masked):

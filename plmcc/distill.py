@@ -13,6 +13,9 @@ from plmcc.diagnostics import error
 from plmcc.recipe import Distill
 from plmcc.tasks import Pooling, last_states
 
+_SPANS = ("start_logits", "end_logits")
+"""What models of extractive question answering return: two distributions over the tokens."""
+
 
 class Distillation:
     """The teacher's part of the loss.
@@ -106,9 +109,9 @@ class Distillation:
             mask_BL, states = (batch["labels"] != -100).long(), "decoder_hidden_states"
         total = torch.zeros((), device=mask_BL.device)
         if self.settings.logits:
-            total = total + self.settings.logits * self._logits(
-                output["logits"], teacher["logits"], mask_BL
-            )
+            names = [name for name in _SPANS if name in output] or ["logits"]
+            terms = [self._logits(output[name], teacher[name], mask_BL) for name in names]
+            total = total + self.settings.logits * torch.stack(terms).mean()
         if self.settings.hidden_states:
             terms = [relative_error(output[states][s], teacher[states][t], mask_BL)
                      for s, t in self.layers.items()]  # fmt: skip

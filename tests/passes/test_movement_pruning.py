@@ -21,7 +21,7 @@ from plmcc import Data, PlmccError, Train
 from plmcc.passes import _scores as scores
 from plmcc.passes._masked import Masked, Rules, Unit, unit_of
 from plmcc.passes._scores import Spread
-from plmcc.passes.movement_pruning import MaskedLayer, MovementPruning
+from plmcc.passes.movement_pruning import MovementPruning, PrunableLayer
 from plmcc.rewrite import Replacement, harden_all, match, replace_all
 from plmcc.tasks import collator
 from plmcc.train import Lesson, train
@@ -75,7 +75,7 @@ def replaced(model: PreTrainedModel, **options: Any) -> list[Replacement]:
 
 def units(done: list[Replacement]) -> list[Unit]:
     softs = [one.soft for one in done]
-    return [unit for soft in softs if isinstance(soft, MaskedLayer) for unit in soft.units()]
+    return [unit for soft in softs if isinstance(soft, PrunableLayer) for unit in soft.units()]
 
 
 def classifier() -> PreTrainedModel:
@@ -539,7 +539,13 @@ def test_frozen_and_tied_linears_are_refused() -> None:
         ({"method": "magnitude", "penalty": 1.0}, "`penalty` has no effect"),
         ({"threshold": 0.2}, "`threshold` has no effect"),
         ({"granularity": "2:4", "density": 0.3}, "`density` has no effect"),
-        ({"granularity": "2:4", "scope": "global"}, "`2:4` goes with"),
+        ({"granularity": "2:4", "scope": "global"}, "`scope` has no effect"),
+        ({"granularity": "2:4", "method": "l0"}, "`2:4` goes with"),
+        ({"method": "refill", "granularity": "row"}, "`granularity` has no effect"),
+        ({"method": "l0", "target": {"parameters": 0.5}}, "`target` has no effect"),
+        ({"density": 0.3, "target": {"parameters": 0.5}}, "`density` has no effect"),
+        ({"target": {"parameters": 0.5, "flops": 0.5}}, "either `parameters` or `flops`"),
+        ({"target": {"flops": 0.5}}, "zeros save no operations"),
         ({"granularity": {"block": [4, 4], "hybrid": [4, 4]}}, "either `block` or `hybrid`"),
         ({"warmup": 0.6, "cooldown": 0.5}, "leave no time"),
     ],
@@ -554,7 +560,7 @@ def test_options_that_contradict_each_other_are_refused(
 def test_shared_layers_have_one_set_of_scores() -> None:
     done = replaced(tiny("albert"))
     assert len(done) == 1
-    assert isinstance(done[0].soft, MaskedLayer)
+    assert isinstance(done[0].soft, PrunableLayer)
     assert len(done[0].soft.units()) == 6
 
 

@@ -1,0 +1,268 @@
+"""Movement pruning in whole runs: stages, targets, refilled zeros, distillation."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from tiny import VOCAB, inputs, tiny
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from words import words
+
+import plmcc
+from plmcc import Data, Distill, PlmccError, Train, artifact
+from plmcc.distill import Distillation
+from plmcc.passes._masked import Unit
+from plmcc.passes._refill import refilled
+from plmcc.passes.movement_pruning import MovementPruning, PrunableLayer
+from plmcc.rewrite import Replacement, harden_all, match, replace_all
+from plmcc.tasks import Pooling, collator
+from plmcc.train import Lesson, train
+from plmcc.verify import outputs
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*lr_scheduler.step.*:UserWarning", "ignore:.*pin_memory.*:UserWarning"
+)
+
+
+def sized(task: str = "SequenceClassification", layers: int = 2) -> PreTrainedModel:
+    """A BERT with 8 heads and 96 neurons a layer."""
+    torch.manual_seed(0)
+    make: Any = transformers.BertConfig
+    config = make(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, num_attention_heads=8,
+        intermediate_size=96, max_position_embeddings=48, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, num_labels=2, attn_implementation="eager",
+    )  # fmt: skip
+    model: PreTrainedModel = getattr(transformers, f"BertFor{task}")(config)
+    model.train(False)
+    return model
+
+
+def replaced(model: PreTrainedModel, **options: Any) -> list[Replacement]:
+    return replace_all(model, match(model, [MovementPruning(**options)]))
+
+
+def units(done: list[Replacement]) -> list[Unit]:
+    softs = [one.soft for one in done]
+    return [unit for soft in softs if isinstance(soft, PrunableLayer) for unit in soft.units()]
+
+
+def lesson(**options: Any) -> Lesson:
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, VOCAB, (64, 8), generator=random)
+    rows: dict[str, Any] = {"input_ids": ids.tolist(), "attention_mask": [[1] * 8] * 64}
+    rows["labels"] = (ids[:, 0] % 2).tolist()
+    task = "text-classification"
+    return Lesson(task, Dataset.from_dict(rows), collator(task, words()), **options)
+
+
+def settings(steps: int, distill: Distill | None = None, **arguments: Any) -> Train:
+    given: dict[str, Any] = {
+        "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 3e-3,
+        "logging_steps": 1,
+    } | arguments  # fmt: skip
+    return Train(data=Data(train="synthetic"), arguments=given, distill=distill)
+
+
+def encoder(model: Any) -> nn.Module:
+    found: nn.Module = model.bert.encoder
+    return found
+
+
+def nonzero(module: nn.Module) -> int:
+    return sum(int((p != 0).sum()) for p in module.parameters())
+
+
+# --- learning
+
+
+@pytest.mark.parametrize("granularity", ["weight", "structured", {"hybrid": [8, 8]}])
+def test_a_pruned_model_learns_its_task(granularity: Any, tmp_path: Path) -> None:
+    model = sized()
+    done = replaced(model, granularity=granularity, density=0.25)
+    log = train(model, settings(150), lesson(), done)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert sum(losses[-10:]) / 10 < 0.5 * sum(losses[:5]) / 5
+    assert all(unit.scores is not None and unit.scores.any() for unit in units(done))
+    records = harden_all(model, done)
+    figures = [one.soft.facts() for one in done]
+    assert all(f["nonzero_weights"] <= 0.26 * f["weights"] for f in figures)
+    artifact.adopt(model, records)
+    model.save_pretrained(tmp_path)
+    again: Any = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    one, two = (outputs(m, inputs("bert"))["output"] for m in (model, again))
+    assert torch.equal(one, two)
+
+
+# --- targets
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("method", ["magnitude", "movement"])
+@pytest.mark.parametrize(
+    "granularity", ["weight", {"block": [8, 8]}, "neuron", "structured", {"hybrid": [8, 8]}]
+)
+@pytest.mark.parametrize("aim", [0.6, 0.45])
+def test_a_target_of_parameters_is_met(
+    aim: float, granularity: Any, method: str, scope: str
+) -> None:
+    model = sized()
+    for parameter in encoder(model).parameters():  # so that all zeros are those of masks
+        if parameter.dim() == 1:
+            parameter.data.add_(1.0)
+    total = nonzero(encoder(model))
+    target = {"parameters": aim}
+    options = {"method": method, "granularity": granularity, "scope": scope, "target": target}
+    done = replaced(model, **options)
+    generator = torch.Generator().manual_seed(0)
+    for unit in units(done):
+        if unit.scores is not None:
+            unit.scores.data = torch.randn(unit.shape, generator=generator)
+    harden_all(model, done)
+    assert nonzero(encoder(model)) / total == pytest.approx(aim, rel=0.03)
+
+
+@pytest.mark.parametrize("aim", [0.7, 0.5, 0.3])
+def test_a_target_of_operations_is_met_by_the_flop_counter(aim: float) -> None:
+    model, length = sized(layers=3), 24
+    states = torch.randn(1, length, 32)
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(model)(states)
+        return int(counter.get_total_flops())
+
+    before = flops()
+    target = {"flops": aim, "length": length}
+    chosen = MovementPruning(method="magnitude", granularity="structured", target=target)
+    plmcc.Pipeline([chosen])(model)
+    assert flops() / before == pytest.approx(aim, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "aim"), [("head", 0.3), ("structured", 0.01), ("weight", 0.01)]
+)
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_target_that_nothing_meets_is_refused(granularity: str, aim: float, scope: str) -> None:
+    options: dict[str, Any] = {"granularity": granularity, "scope": scope}
+    chosen = MovementPruning(method="magnitude", target={"parameters": aim}, **options)
+    with pytest.raises(PlmccError, match="these layers keep at least"):
+        match(sized(), [chosen])
+
+
+# --- refilled zeros
+
+
+def test_zeros_are_refilled_with_noise_around_the_mean() -> None:
+    weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) + 3
+    weight[:, 10:] = 0
+    found = refilled(weight, torch.Generator().manual_seed(1))
+    kept = weight[:, :10]
+    assert torch.equal(found[:, :10], kept)
+    new = found[:, 10:]
+    assert float(new.mean()) == pytest.approx(float(kept.mean()), abs=1e-3)
+    assert float(new.std()) == pytest.approx(0.01 * float(kept.std()), rel=0.1)
+    assert torch.equal(found, refilled(weight, torch.Generator().manual_seed(1)))
+
+
+def test_a_second_stage_fills_what_the_first_has_kept(tmp_path: Path) -> None:
+    model, batch = sized(), inputs("bert")
+    first = replaced(model, method="magnitude", granularity={"hybrid": [8, 8]}, density=0.4)
+    records = harden_all(model, first)
+    before = nonzero(encoder(model))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    hybrid = outputs(model, batch)["output"]
+    second = replaced(model, method="refill")
+    assert nonzero(encoder(model)) > 1.3 * before
+    assert not torch.equal(outputs(model, batch)["output"], hybrid)
+    log = train(model, settings(40), lesson(), second)
+    assert log[-2]["loss"] < log[0]["loss"]
+    trained = outputs(model, batch)["output"]
+    records += harden_all(model, second)
+    assert torch.equal(outputs(model, batch)["output"], trained)
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    artifact.adopt(model, records)
+    model.save_pretrained(tmp_path)
+    again: Any = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(outputs(again, batch)["output"], trained)
+
+
+def test_refilling_needs_zeros_and_training() -> None:
+    with pytest.raises(PlmccError, match="no zeros"):
+        match(sized(), [MovementPruning(method="refill")])
+    with pytest.raises(PlmccError, match="has to be trained"):
+        plmcc.Pipeline([MovementPruning(method="refill")])(sized())
+
+
+# --- distillation
+
+
+def distillation(model: PreTrainedModel, **options: Any) -> Distillation:
+    settings = Distill(logits=1.0, **options)
+    return Distillation(model, copy.deepcopy(model), settings, Pooling(), "text-classification")
+
+
+@pytest.mark.parametrize("warm", [1.0, 2.0, 4.0])
+def test_m16_divergence_of_classes_has_the_factor_of_the_temperature(warm: float) -> None:
+    model, batch = sized(), inputs("bert")
+    part = distillation(model, temperature=warm)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 2), torch.randn(3, 2)
+    none = part.loss(batch, {"logits": teacher}, {"logits": teacher})
+    assert float(none) == pytest.approx(0, abs=1e-6)
+    found = part.loss(batch, {"logits": student}, {"logits": teacher})
+    expected = F.kl_div(
+        F.log_softmax(student / warm, -1), F.softmax(teacher / warm, -1), reduction="batchmean"
+    )
+    torch.testing.assert_close(found, expected * warm**2)
+
+
+def test_m16_answers_are_distilled_as_the_mean_of_start_and_end() -> None:
+    model, batch = sized("QuestionAnswering"), inputs("bert")
+    part = distillation(model)
+    with torch.no_grad():
+        output, goal = model(**batch), part.teach(batch)
+    assert float(part.loss(batch, output, goal)) == pytest.approx(0, abs=1e-6)
+    torch.manual_seed(0)
+    start, end = torch.randn_like(goal.start_logits), torch.randn_like(goal.end_logits)
+    terms = [
+        F.kl_div(F.log_softmax(s / 2, -1), F.softmax(t / 2, -1), reduction="batchmean") * 4
+        for s, t in ((start, goal.start_logits), (end, goal.end_logits))
+    ]
+    found = part.loss(batch, {"start_logits": start, "end_logits": end}, goal)
+    torch.testing.assert_close(found, (terms[0] + terms[1]) / 2)
+
+
+def test_m16_the_penalty_stands_beside_task_and_teacher() -> None:
+    model = sized()
+    teacher = copy.deepcopy(model)
+    done = replaced(model, method="soft_movement", warmup=0.0, cooldown=0.0, penalty=8.0)
+    distill = Distill(logits=1.0, task=0.0)
+    log = train(model, settings(20, distill), lesson(teacher=teacher), done)
+    # Nothing is masked yet and the teacher is the model: only the penalty is left, whatever
+    # weights task and teacher have. At step 1 of 20 the threshold has come 1 - (19/20)^3.
+    assert log[0]["loss"] == pytest.approx(8 * 0.5 * (1 - 0.95**3), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["TokenClassification", "gpt2"])
+def test_tokens_and_next_words_are_distilled(name: str) -> None:
+    model = tiny(name) if name == "gpt2" else sized(name)
+    batch, part = inputs("bert"), distillation(model)
+    with torch.no_grad():
+        output, goal = model(**batch), part.teach(batch)
+    assert float(part.loss(batch, output, goal)) == pytest.approx(0, abs=1e-6)
+    real = batch["attention_mask"].bool()
+    torch.manual_seed(0)
+    other = torch.randn_like(output["logits"])
+    log_s, log_t = (F.log_softmax(x[real] / 2, -1) for x in (other, goal["logits"]))
+    rows = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * 4
+    torch.testing.assert_close(part.loss(batch, {"logits": other}, goal), rows)
