@@ -3,12 +3,14 @@ helper of the movement pruning pass, not a pass)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from plmcc.passes._compact import Compacted, Matrix
+from plmcc.passes._masked import Masked
 from plmcc.passes._prunable import Attention, Parts, plain
 from plmcc.passes._storage import SparseLinear
 
@@ -55,7 +57,28 @@ class Constant(nn.Module):
         return zeros if self.bias is None else zeros + self.bias
 
 
-def zero_widths(parts: Parts, small: Compacted) -> dict[str, int]:
+@dataclass(frozen=True)
+class Stored:
+    """A linear map in its deployed form: its module, shape, values that are not zero, and form."""
+
+    module: nn.Module
+    form: str
+    shape: tuple[int, int]
+    values: int = 0
+
+
+def store(layer: nn.Module, parts: Parts, small: Compacted, storage: str) -> dict[str, Stored]:
+    """Return the deployed forms of a layer's linears by path."""
+    widths, found = _zero_widths(parts, small), {}
+    for name, part in small.matrices.items():
+        old = layer.get_submodule(name)
+        like = old.original[0] if isinstance(old, Masked) else old
+        found[name] = _stored(like, part, storage, widths.get(name, 0))
+        found[name].module.train(layer.training)
+    return found
+
+
+def _zero_widths(parts: Parts, small: Compacted) -> dict[str, int]:
     """Return how wide the zeros of projections to no heads are: one group of heads."""
     widths: dict[str, int] = {}
     for block in parts.attention:
@@ -67,16 +90,17 @@ def zero_widths(parts: Parts, small: Compacted) -> dict[str, int]:
     return widths
 
 
-def stored(like: nn.Module, part: Matrix, storage: str, width: int) -> tuple[str, nn.Module]:
-    """Return the form and the module of a matrix; `width` is of its zeros if it has no rows."""
+def _stored(like: nn.Module, part: Matrix, storage: str, width: int) -> Stored:
+    """Return the deployed form of a matrix; `width` is of its zeros if it has no rows."""
     rows, columns = part.weight.shape
     if rows == 0:
-        return "zeros", Zeros(width)
+        return Stored(Zeros(width), "zeros", (width, columns))
     if columns == 0:
-        return "constant", Constant(rows, part.bias)
+        return Stored(Constant(rows, part.bias), "constant", (rows, columns))
     if storage == "dense":
-        return "dense", plain(like, part.weight, part.bias)
-    return storage, SparseLinear.of(part.weight, part.bias, storage)
+        return Stored(plain(like, part.weight, part.bias), "dense", (rows, columns))
+    sparse = SparseLinear.of(part.weight, part.bias, storage)
+    return Stored(sparse, storage, (rows, columns), len(sparse.values))
 
 
 def empty(old: nn.Module, shape: tuple[int, int], values: int, form: str) -> nn.Module:

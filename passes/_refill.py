@@ -4,7 +4,9 @@ pruning pass, not a pass)."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from plmcc.passes._prunable import Parts, matrix, plain
 
 _NOISE = 0.01
 
@@ -18,3 +20,13 @@ def refilled(weight: Tensor, generator: torch.Generator) -> Tensor:
         return weight.clone()
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
     return torch.where(zero, (values.mean() + noise * (_NOISE * values.std())).to(weight), weight)
+
+
+def refill(layer: nn.Module, parts: Parts, seed: int) -> dict[str, nn.Module]:
+    """Return new linears for a layer, by path, with noise in the place of their zeros."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name in parts.paths():
+        linear = layer.get_submodule(name)
+        weight = refilled(matrix(linear).detach(), generator)
+        found[name] = plain(linear, weight, getattr(linear, "bias", None))
+    return found

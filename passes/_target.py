@@ -73,10 +73,6 @@ class Budget:
         pairs = zip(counts, self.costs, strict=True)
         return [min(1.0, (count + 0.5) / cost.groups) for count, cost in pairs]
 
-    def floor(self, together: bool) -> float:
-        """Return the smallest part that one density for all can reach, or one for each."""
-        return self.fixed / self.total if together else self.least()
-
     def density(self, target: float) -> float | None:
         """Return one density for all score tensors together, or None."""
         found = (target * self.total - self.fixed) / (self.total - self.fixed)
@@ -103,6 +99,10 @@ class Aim:
         density = self.budget.density(value)
         return None if density is None else [density] * len(self.budget.costs)
 
+    def floor(self) -> float:
+        """Return the smallest part that can be reached."""
+        return self.budget.fixed / self.budget.total if self.together else self.budget.least()
+
     def steer(self, apply: Callable[[list[float]], None]) -> None:
         """Apply densities until what is left is near the target; keep the best ones."""
         tried: list[tuple[float, list[float]]] = []
@@ -123,7 +123,7 @@ class Aim:
         apply(min(tried, key=lambda pair: pair[0])[1])
 
 
-def parameters(layer: nn.Module, scored: Sequence[Scored]) -> Budget:
+def parameters(layer: nn.Module, parts: Parts, scored: Sequence[Scored]) -> Budget:
     """Count parameters: of what is pruned as a whole the biases too, of the rest what is not
     zero."""
     costs = []

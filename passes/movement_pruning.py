@@ -15,6 +15,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -26,9 +28,9 @@ from plmcc.diagnostics import error
 from plmcc.passes._compact import Compacted, Matrix, compact, figures, whole
 from plmcc.passes._masked import Masked, Rules, Unit, unit_of
 from plmcc.passes._plans import Plan, Scored, plans, scored
-from plmcc.passes._prunable import Attention, Parts, by_path, matrix, plain, read
-from plmcc.passes._pruned_layer import empty, resize, stored, zero_widths
-from plmcc.passes._refill import refilled
+from plmcc.passes._prunable import Attention, Parts, by_path, matrix, read
+from plmcc.passes._pruned_layer import empty, resize, store
+from plmcc.passes._refill import refill
 from plmcc.passes._scores import kept_of
 from plmcc.passes._target import Aim, Budget, operations, parameters
 from plmcc.program import Program
@@ -117,7 +119,6 @@ class MovementPruning(Pass):
     result is an ordinary checkpoint with zeros in it."""
     storage: Literal["dense", "bitmask", "csr", "int8_csr"] = "dense"
     """How the remaining matrices are stored. `int8_csr` rounds weights to 8 bits."""
-
     target: Target | None = None
     """Instead of `density`: what the pruned layers are to keep, met within 3 %."""
     seed: int = Field(0, ge=0)
@@ -222,27 +223,21 @@ class MovementPruning(Pass):
 
     def _aimed(self, sites: list[Site], rules: Rules, target: Target) -> Iterator[Site | Miss]:
         """Yield the sites with densities that meet the target together, or say that none do."""
-        budget, aim = Budget(), target.parameters or target.flops or 0.0
-        for site in sites:
-            parts, groups = site.facts["parts"], site.facts["scored"]
-            budget += (
-                parameters(site.module, groups)
-                if target.parameters
-                else operations(site.module, parts, groups, target.length)
-            )
-        steered = Aim(budget, aim, self.scope == "global")
-        found = steered.densities(aim) if sites else None
-        if found is None:
-            least = f"these layers keep at least {budget.floor(steered.together):.3g}"
-            reason = f"no density keeps {aim:g} within 3 %: {least}"
-            yield from (Miss(site.path, reason) for site in sites)
-            return
-        rules.density = found[0]
-        rules.aim = steered if target.parameters else None
-        for site in sites:
-            count = len(site.facts["scored"])
-            yield replace(site, facts=site.facts | {"densities": found[:count]})
-            found = found[count:]
+        count = parameters if target.parameters else partial(operations, length=target.length)
+        value = target.parameters or target.flops or 0.0
+        layers = [(s.module, s.facts["parts"], s.facts["scored"]) for s in sites]
+        aim = Aim(sum((count(*layer) for layer in layers), Budget()), value, self.scope == "global")
+        found = aim.densities(value) if sites else None
+        for site in sites if found is None else ():
+            least = f"these layers keep at least {aim.floor():.3g}"
+            yield Miss(site.path, f"no density keeps {value:g} within 3 %: {least}")
+        rest = iter(found or ())
+        rules.density = found[0] if found else rules.density
+        # Heads and neurons take nothing along that was not counted: no need to measure.
+        rules.aim = aim if target.parameters else None
+        for site in sites if found is not None else ():
+            own = list(islice(rest, len(site.facts["scored"])))
+            yield replace(site, facts=site.facts | {"densities": own})
 
     def replace(self, site: Site) -> Soft:
         """Put the linears under masks, or noise in the place of their zeros."""
@@ -251,12 +246,8 @@ class MovementPruning(Pass):
         densities = site.facts.get("densities", [None] * len(groups))
         inside: dict[str, nn.Module] = {}
         if self.method == "refill":
-            generator = torch.Generator().manual_seed(self.seed + zlib.crc32(site.path.encode()))
-            for name in parts.paths():
-                linear = site.module.get_submodule(name)
-                weight = refilled(matrix(linear).detach(), generator)
-                inside[name] = plain(linear, weight, getattr(linear, "bias", None))
-            return PrunableLayer(site.module, parts, inside, self)
+            seed = self.seed + zlib.crc32(site.path.encode())  # every layer its own noise
+            return PrunableLayer(site.module, parts, refill(site.module, parts, seed), self)
         for group, density in zip(groups, densities, strict=True):
             linears = [site.module.get_submodule(name) for name in group.names]
             made = unit_of(rules, linears, group.spreads, group.groups, density)
@@ -423,28 +414,19 @@ class PrunedLayer(Hard):
     @classmethod
     def of(cls, layer: nn.Module, parts: Parts, small: Compacted, storage: str) -> PrunedLayer:
         """Make the deployed form of a layer; `rewrite` puts it in place."""
-        ready, forms, width = {}, {}, zero_widths(parts, small)
-        for name, part in small.matrices.items():
-            old = layer.get_submodule(name)
-            like = old.original[0] if isinstance(old, Masked) else old
-            forms[name], ready[name] = stored(like, part, storage, width.get(name, 0))
-            ready[name].train(layer.training)
-        sizes = [getattr(ready[name], "values", None) for name in ready]
-        shapes = [tuple(small.matrices[name].weight.shape) for name in ready]
-        rows = [width.get(n, r) if forms[n] == "zeros" else r
-                for n, (r, _) in zip(ready, shapes, strict=True)]  # fmt: skip
+        kept = store(layer, parts, small, storage)
         made = cls(
-            linears=list(ready),
-            rows=rows,
-            columns=[columns for _, columns in shapes],
-            values=[0 if value is None else len(value) for value in sizes],
-            forms=list(forms.values()),
+            linears=list(kept),
+            rows=[part.shape[0] for part in kept.values()],
+            columns=[part.shape[1] for part in kept.values()],
+            values=[part.values for part in kept.values()],
+            forms=[part.form for part in kept.values()],
             attention=[block.path for block in parts.attention],
             sizes=[n for b in parts.attention for n in (b.heads, b.kv_heads, b.head_dim)],
-            counts=[len(kept) for kept in small.heads],
-            kept=[head for kept in small.heads for head in kept],
+            counts=[len(heads) for heads in small.heads],
+            kept=[head for heads in small.heads for head in heads],
         )
-        made._ready = ready
+        made._ready = {name: part.module for name, part in kept.items()}
         return made
 
     def rewrite(self, program: Program, path: str) -> None:
