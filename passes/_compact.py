@@ -57,7 +57,7 @@ class Compacted:
 
 
 @torch.no_grad()
-def compact(parts: Parts, matrices: dict[str, Matrix]) -> Compacted:
+def without_empty(parts: Parts, matrices: dict[str, Matrix]) -> Compacted:
     """Remove the heads and neurons that can go exactly (up to rounding)."""
     smaller = dict(matrices)
     heads = []

@@ -123,7 +123,7 @@ class Aim:
         apply(min(tried, key=lambda pair: pair[0])[1])
 
 
-def parameters(layer: nn.Module, parts: Parts, scored: Sequence[Scored]) -> Budget:
+def count_parameters(layer: nn.Module, parts: Parts, scored: Sequence[Scored]) -> Budget:
     """Count parameters: of what is pruned as a whole the biases too, of the rest what is not
     zero."""
     costs = []
@@ -137,7 +137,9 @@ def parameters(layer: nn.Module, parts: Parts, scored: Sequence[Scored]) -> Budg
     return Budget(costs, float(sum(p.numel() for p in layer.parameters())))
 
 
-def operations(layer: nn.Module, parts: Parts, scored: Sequence[Scored], length: int) -> Budget:
+def count_operations(
+    layer: nn.Module, parts: Parts, scored: Sequence[Scored], length: int
+) -> Budget:
     """Count multiply-adds a token in sequences of a length, of linears and of attention itself."""
     costs = []
     for group in scored:

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
 from plmcc.diagnostics import error
-from plmcc.passes._compact import Compacted, Matrix, compact, figures, whole
+from plmcc.passes._compact import Compacted, Matrix, figures, whole, without_empty
 from plmcc.passes._masked import Masked, Rules, Unit, unit_of
 from plmcc.passes._plans import Plan, Scored, plans, scored
 from plmcc.passes._prunable import Attention, Parts, by_path, matrix, read
 from plmcc.passes._pruned_layer import empty, resize, store
 from plmcc.passes._refill import refill
 from plmcc.passes._scores import kept_of
-from plmcc.passes._target import Aim, Budget, operations, parameters
+from plmcc.passes._target import Aim, Budget, count_operations, count_parameters
 from plmcc.program import Program
 
 Size = Annotated[int, Field(ge=1, le=4096)]
@@ -43,12 +43,12 @@ _WHOLE = ("head", "neuron", "structured")
 class Blocks(BaseModel):
     """Rectangles of weights, with their size in rows and columns."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    block: tuple[Size, Size] | None = None
-    """Blocks of this size everywhere."""
-    hybrid: tuple[Size, Size] | None = None
-    """Blocks of this size in attention, neurons in the feed-forward network."""
+    block: tuple[Size, Size] | None = Field(None, description="Blocks of this size everywhere.")
+    hybrid: tuple[Size, Size] | None = Field(
+        None, description="Blocks of this size in attention, neurons in the feed-forward network."
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Blocks:
@@ -60,14 +60,15 @@ class Blocks(BaseModel):
 class Target(BaseModel):
     """What the pruned layers are to keep, as a part of what they have."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    parameters: float | None = Field(None, gt=0, lt=1)
-    """Of their parameters (weights that are not zero, biases, norms)."""
-    flops: float | None = Field(None, gt=0, lt=1)
-    """Of their multiply-adds a token, those of attention itself included."""
-    length: int = Field(128, ge=1)
-    """For `flops`: tokens in a sequence."""
+    parameters: float | None = Field(
+        None, gt=0, lt=1, description="Of their parameters: weights not zero, biases, norms."
+    )
+    flops: float | None = Field(
+        None, gt=0, lt=1, description="Of their multiply-adds a token, attention's own included."
+    )
+    length: int = Field(128, ge=1, description="For `flops`: tokens in a sequence.")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Target:
@@ -223,7 +224,11 @@ class MovementPruning(Pass):
 
     def _aimed(self, sites: list[Site], rules: Rules, target: Target) -> Iterator[Site | Miss]:
         """Yield the sites with densities that meet the target together, or say that none do."""
-        count = parameters if target.parameters else partial(operations, length=target.length)
+        count = (
+            count_parameters
+            if target.parameters
+            else partial(count_operations, length=target.length)
+        )
         value = target.parameters or target.flops or 0.0
         layers = [(s.module, s.facts["parts"], s.facts["scored"]) for s in sites]
         aim = Aim(sum((count(*layer) for layer in layers), Budget()), value, self.scope == "global")
@@ -360,7 +365,7 @@ class PrunableLayer(Soft):
 
     def _compacted(self) -> tuple[dict[str, Matrix], Compacted]:
         matrices = {name: self._matrix(name) for name in self.parts.paths()}
-        return matrices, (compact if self.options.compact else whole)(self.parts, matrices)
+        return matrices, (without_empty if self.options.compact else whole)(self.parts, matrices)
 
     def _matrix(self, name: str) -> Matrix:
         linear = dict(zip(self.names, self.inside, strict=True)).get(name)
