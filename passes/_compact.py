@@ -105,15 +105,25 @@ def _value(block: Attention, matrices: dict[str, Matrix]) -> Matrix:
 
 def _uniform(block: Attention, matrices: dict[str, Matrix], kept: Tensor) -> int:
     """Count the kept groups whose queries or keys are zero, bias included."""
+    return int((even_groups(block, matrices, biases=True) & kept).sum())
+
+
+def even_groups(block: Attention, matrices: dict[str, Matrix], biases: bool) -> Tensor:
+    """Return which groups of heads (bool) have queries or keys without weights.
+
+    With `biases`, those whose biases are zero too: these attend to all tokens alike.
+    """
     if block.splits:
-        rows = matrices[block.linears["qkv"]]
-        values = torch.cat([rows.weight.float(), rows.constant()[:, None]], 1)
-        pair = values.chunk(3)[:2]
+        pair = [*_with_bias(matrices[block.linears["qkv"]], biases).chunk(3)[:2]]
     else:
-        both = [matrices[block.linears[role]] for role in "qk"]
-        pair = tuple(torch.cat([m.weight.float(), m.constant()[:, None]], 1) for m in both)
+        pair = [_with_bias(matrices[block.linears[role]], biases) for role in "qk"]
     empty = [(v == 0).unflatten(0, (block.kv_heads, -1)).flatten(1).all(1) for v in pair]
-    return int(((empty[0] | empty[1]) & kept).sum())
+    return empty[0] | empty[1]
+
+
+def _with_bias(part: Matrix, biases: bool) -> Tensor:
+    weight = part.weight.float()
+    return torch.cat([weight, part.constant()[:, None]], 1) if biases else weight
 
 
 def _narrow_attention(block: Attention, matrices: dict[str, Matrix], kept: Tensor) -> None:

@@ -3,7 +3,7 @@ pruning pass, not a pass)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -223,6 +223,8 @@ class Masked(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", getattr(linear, "bias", None))
         self.spread, self._unit = spread, (unit,)
+        self.open_columns: Callable[[], Tensor] | None = None
+        """Which columns finished weights have; None for all."""
         if owner:  # several linears may share the unit; one of them registers it
             self.unit = unit
 
@@ -234,6 +236,8 @@ class Masked(nn.Module):
         """Return the masked weight (out, in)."""
         weight = self.matrix()
         masked = weight * self.spread(self._unit[0].mask(settled)).to(weight.dtype)
+        if settled and self.open_columns is not None:
+            masked = masked * self.open_columns()
         return rounded(masked) if settled and self._unit[0].rules.int8 else masked
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ rest, zeros are stored densely, as a bit mask with values, or as compressed rows
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
 from plmcc.diagnostics import error
-from plmcc.passes._compact import Compacted, Matrix, figures, whole, without_empty
+from plmcc.passes._compact import Compacted, Matrix, even_groups, figures, whole, without_empty
 from plmcc.passes._masked import Masked, Rules, Unit, unit_of
 from plmcc.passes._plans import Plan, Scored, plans, scored
 from plmcc.passes._prunable import Attention, Parts, by_path, matrix, read
@@ -118,6 +118,9 @@ class MovementPruning(Pass):
     compact: bool = True
     """Remove empty heads and neurons. Without, all shapes stay, and with `storage: dense` the
     result is an ordinary checkpoint with zeros in it."""
+    even_heads: Literal["keep", "remove"] = "keep"
+    """Heads whose queries or keys have lost all weights attend (nearly) evenly. `remove`: they go
+    too, as in nn_pruning. That changes what the layer computes; by how much is reported."""
     storage: Literal["dense", "bitmask", "csr", "int8_csr"] = "dense"
     """How the remaining matrices are stored. `int8_csr` rounds weights to 8 bits."""
     target: Target | None = None
@@ -137,6 +140,7 @@ class MovementPruning(Pass):
             "penalty": soft or self.method == "l0",
             "score_learning_rate": self.method in ("movement", "soft_movement", "l0"),
             "granularity": masks, "warmup": masks, "cooldown": masks, "seed": not masks,
+            "even_heads": masks and self.compact,
         }  # fmt: skip
         for name, has_effect in used.items():
             if not has_effect and getattr(self, name) != fields[name].default:
@@ -172,7 +176,7 @@ class MovementPruning(Pass):
             elif isinstance(site, Site):
                 groups = scored(site.module, self._plans(parts))
                 reason = self._refusal(site.module, parts, groups)
-                facts = {"parts": parts, "rules": rules, "scored": groups}
+                facts = {"parts": parts, "rules": rules, "scored": groups, "program": program}
                 if reason:
                     yield Miss(site.path, reason)
                 else:
@@ -258,6 +262,8 @@ class MovementPruning(Pass):
             made = unit_of(rules, linears, group.spreads, group.groups, density)
             inside |= dict(zip(group.names, made, strict=True))
         layer = PrunableLayer(site.module, parts, inside, self)
+        if self.even_heads == "remove":
+            layer.close_even_heads(partial(site.facts["program"].record, site.path))
         if rules.aim is not None:
             rules.aim.layers.append(layer)
         return layer
@@ -338,6 +344,37 @@ class PrunableLayer(Soft):
         self._others = sum(p.numel() for p in layer.parameters() if id(p) not in known)
         self.inside = nn.ModuleList(inside.values())
         self._facts: dict[str, float] = {}
+        self._record: Callable[[], list[dict[str, Any]]] | None = None
+
+    def close_even_heads(self, record: Callable[[], list[dict[str, Any]]]) -> None:
+        """Let finished output projections skip heads that attend evenly; `record` returns calls of
+        the layer, on which the change is measured."""
+        self._record = record
+        for block in self.parts.attention:
+            output = dict(zip(self.names, self.inside, strict=True)).get(block.linears["o"])
+            if isinstance(output, Masked):
+                output.open_columns = partial(self._open_columns, block)
+
+    def _open_columns(self, block: Attention) -> Tensor:
+        roles = [role for role in ("q", "k", "qkv") if role in block.linears]
+        paths = [block.linears[role] for role in roles]
+        matrices = {path: self._matrix(path) for path in paths}
+        keep = ~even_groups(block, matrices, biases=False)
+        return keep.repeat_interleave(block.heads * block.head_dim // block.kv_heads)
+
+    def _gap(self) -> float:
+        """Return by how much the closed heads change what the layer returns, relative to it."""
+        assert self._record is not None
+        call, layer = self._record()[0], self._layer[0]
+        closed = _output(layer(**call))
+        outputs = [m for m in self.inside if isinstance(m, Masked) and m.open_columns]
+        kept = [output.open_columns for output in outputs]
+        for output in outputs:
+            output.open_columns = None
+        before = _output(layer(**call))
+        for output, columns in zip(outputs, kept, strict=True):
+            output.open_columns = columns
+        return float((closed - before).norm() / before.norm().clamp(min=1e-12))
 
     def units(self) -> list[Unit]:
         """Return the score tensors of this layer."""
@@ -354,6 +391,8 @@ class PrunableLayer(Soft):
         """Multiply masks into weights, remove what is empty, and store the rest as asked."""
         matrices, small = self._compacted()
         self._facts = figures(self.parts, matrices, small)
+        if self._record is not None:
+            self._facts["even_heads_gap"] = self._gap()
         return PrunedLayer.of(self._layer[0], self.parts, small, self.options.storage)
 
     @torch.no_grad()
@@ -379,6 +418,12 @@ class PrunableLayer(Soft):
     def facts(self) -> dict[str, float]:
         """Return what is left, after hardening."""
         return self._facts
+
+
+def _output(result: Any) -> Tensor:
+    found = result[0] if isinstance(result, tuple) else result
+    assert isinstance(found, Tensor)
+    return found.float()
 
 
 class PrunedLayer(Hard):

@@ -541,6 +541,7 @@ def test_frozen_and_tied_linears_are_refused() -> None:
         ({"granularity": "2:4", "density": 0.3}, "`density` has no effect"),
         ({"granularity": "2:4", "scope": "global"}, "`scope` has no effect"),
         ({"granularity": "2:4", "method": "l0"}, "`2:4` goes with"),
+        ({"compact": False, "even_heads": "remove"}, "`even_heads` has no effect"),
         ({"method": "refill", "granularity": "row"}, "`granularity` has no effect"),
         ({"method": "l0", "target": {"parameters": 0.5}}, "`target` has no effect"),
         ({"density": 0.3, "target": {"parameters": 0.5}}, "`density` has no effect"),

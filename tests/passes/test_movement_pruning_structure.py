@@ -86,6 +86,34 @@ def test_m14_a_head_goes_when_its_values_or_its_output_are_zero_and_not_for_its_
     assert (changed - expected["output"]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_m14_heads_without_queries_go_on_request_and_the_change_is_measured(name: str) -> None:
+    options: dict[str, Any] = {"method": "magnitude", "density": 1.0}
+    kept, removed = tiny(name), tiny(name)
+    for model in (kept, removed):
+        layer, parts = next(iter(parts_of(model).items()))
+        block = parts.attention[0]
+        with torch.no_grad():
+            query = matrix(part(model, layer, block.linears.get("q", block.linears.get("qkv", ""))))
+            query[: block.heads * block.head_dim // block.kv_heads] = 0  # of the first group
+    done = [
+        replaced(model, MovementPruning(even_heads=choice, **options))
+        for model, choice in ((kept, "keep"), (removed, "remove"))
+    ]
+    soft = outputs(removed, inputs(name))
+    for model, replacements in zip((kept, removed), done, strict=True):
+        harden_all(model, replacements)
+    facts = [replacements[0].soft.facts() for replacements in done]
+    ratio = block.heads // block.kv_heads
+    assert facts[0]["heads_kept"] - facts[1]["heads_kept"] == ratio
+    assert_same(soft, outputs(removed, inputs(name)))  # evaluation knew before
+    one, two = (outputs(m, inputs(name))["output"] for m in (kept, removed))
+    assert float((one - two).norm() / one.norm()) > 1e-3  # it is not exact
+    assert "even_heads_gap" not in facts[0]
+    assert facts[1]["even_heads_gap"] > 1e-3
+    assert done[1][1].soft.facts()["even_heads_gap"] == 0  # the next layer has lost nothing
+
+
 def test_m14_a_neuron_goes_when_its_row_or_its_column_is_zero() -> None:
     model: Any = tiny("bert")
     layer = model.bert.encoder.layer[1]
