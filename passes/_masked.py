@@ -104,9 +104,9 @@ class Rules:
 
     def cut(self, remaining: float) -> float:
         """Return the score above which the weights of the whole model make up the density."""
-        fresh = remaining == 0.0
-        key: tuple[object, ...] = (fresh, self._ticks // _REFRESH, self.density)
-        key += tuple(unit.version() for unit in self.units) if fresh else ()
+        key: tuple[object, ...] = (remaining == 0.0, self._ticks // _REFRESH, self.density)
+        if not 0 <= self._progress < 1:  # before and after training, always the present scores
+            key += tuple(unit.version() for unit in self.units)
         if self._cut[0] != key:
             self._cut = (key, self._threshold(self.density_at(remaining)))
         return self._cut[1]
