@@ -20,8 +20,9 @@ import plmcc
 from plmcc import Data, PlmccError, Train
 from plmcc.passes import _scores as scores
 from plmcc.passes._masked import Masked, Rules, Unit, unit_of
+from plmcc.passes._prunable_layer import PrunableLayer
 from plmcc.passes._scores import Spread
-from plmcc.passes.movement_pruning import MovementPruning, PrunableLayer
+from plmcc.passes.movement_pruning import MovementPruning
 from plmcc.rewrite import Replacement, harden_all, match, replace_all
 from plmcc.tasks import collator
 from plmcc.train import Lesson, train

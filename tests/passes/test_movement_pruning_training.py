@@ -21,8 +21,9 @@ import plmcc
 from plmcc import Data, Distill, PlmccError, Train, artifact
 from plmcc.distill import Distillation
 from plmcc.passes._masked import Unit
+from plmcc.passes._prunable_layer import PrunableLayer
 from plmcc.passes._refill import refilled
-from plmcc.passes.movement_pruning import MovementPruning, PrunableLayer
+from plmcc.passes.movement_pruning import MovementPruning
 from plmcc.rewrite import Replacement, harden_all, match, replace_all
 from plmcc.tasks import Pooling, collator
 from plmcc.train import Lesson, train
