@@ -92,7 +92,8 @@ def _groups(block: Attention, matrices: dict[str, Matrix]) -> Tensor:
     silent = silent.flatten(1).all(1)
     nothing = (value.constant() == 0).unflatten(0, (block.kv_heads, -1)).all(1)
     foldable = nothing | torch.full_like(nothing, output.bias is not None)
-    return ~(silent | (dead & foldable))
+    kept: Tensor = ~(silent | (dead & foldable))
+    return kept
 
 
 def _value(block: Attention, matrices: dict[str, Matrix]) -> Matrix:
@@ -118,7 +119,8 @@ def even_groups(block: Attention, matrices: dict[str, Matrix], biases: bool) -> 
     else:
         pair = [_with_bias(matrices[block.linears[role]], biases) for role in "qk"]
     empty = [(v == 0).unflatten(0, (block.kv_heads, -1)).flatten(1).all(1) for v in pair]
-    return empty[0] | empty[1]
+    either: Tensor = empty[0] | empty[1]
+    return either
 
 
 def _with_bias(part: Matrix, biases: bool) -> Tensor:

@@ -48,7 +48,7 @@ def plans(parts: Parts, granularity: str, block: tuple[int, int] = (32, 32)) -> 
     """Return the score tensors of a layer."""
     kinds = _KINDS.get(granularity, (granularity, granularity))
     found: list[Plan] = []
-    for part in (*parts.attention, *parts.networks):
+    for part in parts.every():
         attention = isinstance(part, Attention)
         kind = kinds[0 if attention else 1]
         if kind in ("head", "neuron"):

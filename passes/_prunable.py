@@ -56,9 +56,13 @@ class Parts:
     networks: tuple[Network, ...]
     refused: tuple[str, ...] = ()
 
+    def every(self) -> list[Attention | Network]:
+        """Return the attention blocks, then the feed-forward networks."""
+        return [*self.attention, *self.networks]
+
     def paths(self) -> list[str]:
         """Return the paths in the layer of all linears."""
-        return [p for part in (*self.attention, *self.networks) for p in part.linears.values()]
+        return [path for part in self.every() for path in part.linears.values()]
 
 
 def read(program: Program, path: str, linears: dict[str, Site | Miss]) -> Parts | Miss:
@@ -100,7 +104,8 @@ def _attention(layer: Layer) -> Iterator[Attention | str]:
             yield site.reason
             continue
         facts = site.facts
-        roles = {r: facts[r] for r in ("q", "k", "v", "o", "qkv", "kv") if r in facts}
+        known = ("q", "k", "v", "o", "qkv", "kv")
+        roles: dict[str, str] = {role: facts[role] for role in known if role in facts}
         if "kv" in roles:
             yield "its key and value projections are fused"
         elif "qkv" in roles and "split_size" not in vars(site.module):
