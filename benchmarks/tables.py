@@ -58,6 +58,19 @@ def codes_initialisation(rows: list[dict[str, Any]]) -> str:
     )
 
 
+FLOAT32 = ("eager", "compiled", "exported")
+RATIOS = (
+    ("C to B", ("C", FLOAT32), ("B", FLOAT32)),
+    ("C to B, int8", ("C", ("int8",)), ("B", ("int8",))),
+    ("D to A", ("D", FLOAT32), ("A", FLOAT32)),
+    ("E to A", ("E", FLOAT32), ("A", FLOAT32)),
+    ("E to A, int8", ("E", ("int8",)), ("A", ("int8",))),
+    ("A compiled to A eager", ("A", ("compiled",)), ("A", ("eager",))),
+    ("D to A in CTranslate2", ("D", FLOAT32), ("A", ("ctranslate2 float32",))),
+    ("D to A in CTranslate2, int8", ("D", ("int8",)), ("A", ("ctranslate2 int8",))),
+)
+
+
 def translation(rows: list[dict[str, Any]]) -> str:
     settings = list(dict.fromkeys((row["batch"], row["beam"]) for row in rows))
     systems = dict.fromkeys((row["system"], row["mode"]) for row in rows)
@@ -69,7 +82,20 @@ def translation(rows: list[dict[str, Any]]) -> str:
         bleu = max(cells, key=lambda cell: cell["beam"])["bleu_test"]
         rates = (f"{cell['tokens_per_second']:.0f}" for cell in cells)
         lines.append((f"{system}, {mode}", f"{bleu:.2f}" if bleu else "", *rates))
-    return markdown(head, lines)
+    compared = ("times as fast", *head[2:])
+    ratios = [
+        (name, *(f"{best(found, a, at) / best(found, b, at):.2f}" for at in settings))
+        for name, a, b in RATIOS
+        if all(any((system, mode) in systems for mode in modes) for system, modes in (a, b))
+    ]
+    return markdown(head, lines) + "\n" + markdown(compared, ratios)
+
+
+def best(found: dict[Any, dict[str, Any]], which: tuple[str, tuple[str, ...]], at: Any) -> float:
+    """Return the most tokens per second of a system in any of some modes."""
+    system, modes = which
+    rows = (found.get((system, mode, *at)) for mode in modes)
+    return max(row["tokens_per_second"] for row in rows if row is not None)
 
 
 def joint_attention(rows: list[dict[str, Any]]) -> str:
