@@ -130,7 +130,8 @@ def best(logits_V: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     wanted = math.isqrt(size * candidates)
     groups = next((g for g in range(wanted, 2 * wanted) if size % g == 0), wanted)
     if size < 4 * groups:
-        return logits.log_softmax(-1).topk(candidates, dim=-1)
+        scores, tokens = logits.log_softmax(-1).topk(candidates, dim=-1)
+        return scores, tokens
     # Token t is in group t % groups. The best tokens are in the groups with the best maxima, which
     # are quick to find: torch's topk of all logits took as long as a layer of the decoder.
     filled = nn.functional.pad(logits, (0, -size % groups), value=-math.inf)
