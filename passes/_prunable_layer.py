@@ -86,6 +86,8 @@ class PrunableLayer(Soft):
         self.inside = nn.ModuleList(inside.values())
         self._facts: dict[str, float] = {}
         self._record: Callable[[], list[dict[str, Any]]] | None = None
+        self.price: Callable[[Compacted], float] | None = None
+        """What the layer costs in seconds, where that is what is aimed at."""
 
     def close_even_heads(self, record: Callable[[], list[dict[str, Any]]]) -> None:
         """Let finished output projections skip heads that attend evenly; `record` returns calls of
@@ -134,12 +136,19 @@ class PrunableLayer(Soft):
         self._facts = figures(self.parts, matrices, small)
         if self._record is not None:
             self._facts["even_heads_gap"] = self._gap()
+        if self.price is not None:
+            self._facts["predicted_seconds"] = self.price(small)
+            self._facts["predicted_seconds_before"] = self.price(whole(self.parts, matrices))
         return self._deploy(small)
 
     @torch.no_grad()
-    def remaining(self) -> int:
-        """Return how many parameters there would be, zeros of pruned matrices left out."""
-        every = self._compacted()[1].matrices.values()
+    def remaining(self) -> float:
+        """Return how many parameters there would be, zeros of pruned matrices left out, or how
+        many seconds."""
+        small = self._compacted()[1]
+        if self.price is not None:
+            return self.price(small)
+        every = small.matrices.values()
         biases = sum(len(m.bias) for m in every if m.bias is not None)
         return self._others + biases + sum(int((m.weight != 0).sum()) for m in every)
 

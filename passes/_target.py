@@ -20,10 +20,31 @@ _NEAR, _TRIES = 0.005, 12
 
 
 class Remaining(Protocol):
-    """A layer that can say how many parameters pruning leaves it with."""
+    """A layer that can say what pruning leaves of it."""
 
-    def remaining(self) -> int:
-        """Return the number of parameters, zeros of pruned matrices left out."""
+    def remaining(self) -> float:
+        """Return the number of parameters, zeros of pruned matrices left out, or the seconds."""
+
+
+class Choices(Protocol):
+    """What score tensors of some layers cost by their densities."""
+
+    @property
+    def total(self) -> float:
+        """The cost of the layers with all that is in them."""
+
+    @property
+    def fixed(self) -> float:
+        """What stays whatever is pruned."""
+
+    def least(self) -> float:
+        """Return the smallest part that can be reached, with one group of each kind."""
+
+    def densities(self, target: float) -> list[float] | None:
+        """Return a density for each score tensor with which a part is met, or None."""
+
+    def density(self, target: float) -> float | None:
+        """Return one density for all score tensors together, or None."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +108,12 @@ class Aim:
     has pruned; how many is measured on the present scores.
     """
 
-    budget: Budget
+    budget: Choices
     target: float
     together: bool
+    tensors: int
+    apart: float = 0.0
+    """The cost of what is not in the layers."""
     layers: list[Remaining] = field(default_factory=list)
 
     def densities(self, value: float) -> list[float] | None:
@@ -97,7 +121,7 @@ class Aim:
         if not self.together:
             return self.budget.densities(value)
         density = self.budget.density(value)
-        return None if density is None else [density] * len(self.budget.costs)
+        return None if density is None else [density] * self.tensors
 
     def floor(self) -> float:
         """Return the smallest part that can be reached."""
@@ -112,7 +136,8 @@ class Aim:
             if found is None:
                 break
             apply(found)
-            got = sum(layer.remaining() for layer in self.layers) / self.budget.total
+            left = self.apart + sum(layer.remaining() for layer in self.layers)
+            got = left / self.budget.total
             tried.append((abs(got - self.target), found))
             if tried[-1][0] <= _NEAR * self.target:
                 return

@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
+from plmcc.passes._aimed import aimed
 from plmcc.passes._compact import Compacted
 from plmcc.passes._masked import Rules, unit_of
 from plmcc.passes._plans import Plan, Scored, plans, scored
@@ -31,7 +31,6 @@ from plmcc.passes._prunable_layer import PrunableLayer, Pruning
 from plmcc.passes._pruned_layer import empty, resize, store
 from plmcc.passes._refill import refill
 from plmcc.passes._scores import kept_of
-from plmcc.passes._target import Aim, Budget, count_operations, count_parameters
 from plmcc.program import Program
 
 Size = Annotated[int, Field(ge=1, le=4096)]
@@ -57,7 +56,8 @@ class Blocks(BaseModel):
 
 
 class Target(BaseModel):
-    """What the pruned layers are to keep, as a part of what they have."""
+    """What the pruned layers are to keep, as a part of what they have, or how fast the model is to
+    be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,12 +67,22 @@ class Target(BaseModel):
     flops: float | None = Field(
         None, gt=0, lt=1, description="Of their multiply-adds a token, attention's own included."
     )
-    length: int = Field(128, ge=1, description="For `flops`: tokens in a sequence.")
+    latency: float | None = Field(
+        None, gt=1, description="How many times as fast the whole model is to be, by measurement."
+    )
+    length: int = Field(128, ge=1, description="For `flops`, `latency`: tokens in a sequence.")
+    batch: int = Field(32, ge=1, description="For `latency`: sequences at a time.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="For `latency`: measured where.")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Target:
-        if (self.parameters is None) == (self.flops is None):
-            raise ValueError("give either `parameters` or `flops`")
+        values = (self.parameters, self.flops, self.latency)
+        if sum(value is not None for value in values) != 1:
+            raise ValueError("give one of `parameters`, `flops` and `latency`")
+        used = {"length": not self.parameters, "batch": self.latency, "device": self.latency}
+        for name, has_effect in used.items():
+            if not has_effect and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` has no effect on this target: remove it")
         return self
 
 
@@ -123,7 +133,9 @@ class MovementPruning(Pass):
     storage: Literal["dense", "bitmask", "csr", "int8_csr"] = "dense"
     """How the remaining matrices are stored. `int8_csr` rounds weights to 8 bits."""
     target: Target | None = None
-    """Instead of `density`: what the pruned layers are to keep, met within 3 %."""
+    """Instead of `density`: what the pruned layers are to keep, or how many times as fast the model
+    is to be, met within 3 %. `latency` goes by a table: the times of layers with fewer heads and
+    neurons, measured (uncompiled) when the stage begins."""
     seed: int = Field(0, ge=0)
     """Refill: of the noise."""
 
@@ -150,9 +162,19 @@ class MovementPruning(Pass):
             raise ValueError("`2:4` goes with method magnitude or movement")
         if self.target and self.target.flops and self.granularity not in _WHOLE:
             raise ValueError(f"zeros save no operations: `flops` goes with {', '.join(_WHOLE)}")
+        if self.target and self.target.latency:
+            self._check_speed()
         if self.warmup < 1 and self.cooldown < 1 <= self.warmup + self.cooldown:
             raise ValueError("`warmup` and `cooldown` leave no time in which the density falls")
         return self
+
+    def _check_speed(self) -> None:
+        chosen = self.granularity
+        hybrid = "hybrid" if isinstance(chosen, Blocks) and chosen.hybrid else chosen
+        if hybrid not in (*_WHOLE, "hybrid"):
+            raise ValueError(f"zeros save no time: `latency` goes with {', '.join(_WHOLE)}, hybrid")
+        if not self.compact or self.storage != "dense":
+            raise ValueError("`latency` goes with `compact: true` and `storage: dense`")
 
     def needs_training(self) -> str:
         """Magnitudes are there; scores, and weights in the place of zeros, are learned."""
@@ -180,7 +202,7 @@ class MovementPruning(Pass):
                     yield Miss(site.path, reason)
                 else:
                     sites.append(replace(site, facts=facts))
-        yield from sites if self.target is None else self._aimed(sites, rules, self.target)
+        yield from sites if self.target is None else aimed(sites, rules, self.target)
 
     def _rules(self) -> Rules:
         return Rules(
@@ -225,28 +247,6 @@ class MovementPruning(Pass):
         what = f"density {self.density:g} keeps less than one of the {group.count} groups"
         return f"{what} of {names}: at least {1 / group.count:.3g} is needed"
 
-    def _aimed(self, sites: list[Site], rules: Rules, target: Target) -> Iterator[Site | Miss]:
-        """Yield the sites with densities that meet the target together, or say that none do."""
-        count = (
-            count_parameters
-            if target.parameters
-            else partial(count_operations, length=target.length)
-        )
-        value = target.parameters or target.flops or 0.0
-        layers = [(s.module, s.facts["parts"], s.facts["scored"]) for s in sites]
-        aim = Aim(sum((count(*layer) for layer in layers), Budget()), value, self.scope == "global")
-        found = aim.densities(value) if sites else None
-        for site in sites if found is None else ():
-            least = f"these layers keep at least {aim.floor():.3g}"
-            yield Miss(site.path, f"no density keeps {value:g} within 3 %: {least}")
-        rest = iter(found or ())
-        rules.density = found[0] if found else rules.density
-        # Heads and neurons take nothing along that was not counted: no need to measure.
-        rules.aim = aim if target.parameters else None
-        for site in sites if found is not None else ():
-            own = list(islice(rest, len(site.facts["scored"])))
-            yield replace(site, facts=site.facts | {"densities": own})
-
     def replace(self, site: Site) -> Soft:
         """Put the linears under masks, or noise in the place of their zeros."""
         parts, rules = site.facts["parts"], site.facts["rules"]
@@ -261,6 +261,8 @@ class MovementPruning(Pass):
             made = unit_of(rules, linears, group.spreads, group.groups, density)
             inside |= dict(zip(group.names, made, strict=True))
         layer = self._soft(site, inside)
+        if "times" in site.facts:
+            layer.price = site.facts["times"].price
         if self.even_heads == "remove":
             layer.close_even_heads(partial(site.facts["program"].record, site.path))
         if rules.aim is not None:
