@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,10 +116,65 @@ def joint_attention(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def pruning(rows: list[dict[str, Any]]) -> str:
+    keys = ("method", "granularity", "target", "distilled")
+    runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("part") != "step":
+            runs.setdefault(tuple(row[key] for key in keys), []).append(row)
+    order = sorted(runs, key=lambda run: (str(run[1]), -_number(run[2]), str(run[0]), run[3]))
+    head = ("", "asked", "density", "distilled", "accuracy", "seeds", "throughput")
+    lines = [_pruning_row(run, runs[run]) for run in order]
+    steps = [row for row in rows if row.get("part") == "step"]
+    costs = markdown(
+        ("training step under masks", "mode", "time", "memory"),
+        [
+            (
+                f"{row['method']}, {row['granularity']}",
+                row["mode"],
+                f"x{row['time_ratio']:.2f}",
+                f"x{row['memory_ratio']:.2f}",
+            )
+            for row in steps
+        ],
+    )
+    return markdown(head, lines) + ("\n" + costs if steps else "")
+
+
+def _number(target: Any) -> float:
+    found = re.match(r"[\d.]+", str(target))
+    return float(found.group()) if found else 0.0
+
+
+def _pruning_row(run: tuple[Any, ...], rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    method, granularity, target, distilled = run
+    percent = f"{100 * target:g} %" if isinstance(target, float) else target or ""
+    kept = [row["density"] for row in rows if row["density"] is not None]
+    ratios = [row["throughput_ratio"] for row in rows if row["throughput_ratio"] is not None]
+    return (
+        f"{method}, {granularity}" if granularity else method,
+        percent,
+        _spread([100 * value for value in kept]) + (" %" if kept else ""),
+        "yes" if distilled else "",
+        _spread([row["accuracy"] for row in rows]),
+        str(len(rows)),
+        _spread(ratios, "x"),
+    )
+
+
+def _spread(values: list[float], unit: str = "") -> str:
+    """Return the mean and, of several values, the standard deviation."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.2f}{unit}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "codes_initialisation": codes_initialisation,
     "joint_attention": joint_attention,
     "minilm_codes": minilm_codes,
+    "pruning": pruning,
     "translation": translation,
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 from plmcc.api import Miss, Site
 from plmcc.passes._latency import measure
@@ -19,12 +19,18 @@ from plmcc.passes._target import Aim, Budget, count_operations, count_parameters
 class Target(Protocol):
     """What is aimed at: one of parameters, flops and latency."""
 
-    parameters: float | None
-    flops: float | None
-    latency: float | None
-    length: int
-    batch: int
-    device: Any
+    @property
+    def parameters(self) -> float | None: ...
+    @property
+    def flops(self) -> float | None: ...
+    @property
+    def latency(self) -> float | None: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def device(self) -> str: ...
 
 
 def aimed(sites: list[Site], rules: Rules, target: Target) -> Iterator[Site | Miss]:

