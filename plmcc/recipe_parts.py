@@ -204,8 +204,9 @@ class Train(Node):
     """What to learn from."""
     distill: Distill | None = None
     """Learn from a teacher too."""
-    trainable: Literal["all", "passes"] = "all"
-    """Train the whole model, or only what the passes put in."""
+    trainable: Literal["all", "all_but_embeddings", "passes"] = "all"
+    """Train the whole model, all but its embedding tables (and heads tied to them), or only what
+    the passes put in."""
     dropout: bool = True
     """Keep the model's dropout; matching a teacher's hidden states learns faster without."""
     tokens_per_batch: Annotated[int, Field(ge=16)] | None = None

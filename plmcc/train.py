@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
@@ -204,17 +204,9 @@ def _without_seed(arguments: dict[str, Any]) -> dict[str, Any]:
 def _trainable(
     model: PreTrainedModel, settings: Train, replacements: Sequence[Replacement]
 ) -> Iterator[None]:
-    """With `trainable: passes`, freeze everything that no pass has put in."""
-    if settings.trainable == "all":
-        yield
-        return
-    ours = {id(p) for done in replacements for p in done.soft.parameters()}
-    if not ours:
-        message = (
-            "`trainable: passes` leaves nothing to train: no pass of this stage has parameters"
-        )
-        raise error("PLM303", message, "train.trainable", cure="write `trainable: all`")
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    """Freeze what the settings leave out; afterwards everything is as it was."""
+    chosen = _left_out(model, settings, replacements)
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) in chosen]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
@@ -222,6 +214,24 @@ def _trainable(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+def _left_out(
+    model: PreTrainedModel, settings: Train, replacements: Sequence[Replacement]
+) -> set[int]:
+    """Return the ids of the parameters that are not to be trained."""
+    if settings.trainable == "all":
+        return set()
+    if settings.trainable == "all_but_embeddings":
+        tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+        return {id(parameter) for table in tables for parameter in table.parameters()}
+    ours = {id(p) for done in replacements for p in done.soft.parameters()}
+    if not ours:
+        message = (
+            "`trainable: passes` leaves nothing to train: no pass of this stage has parameters"
+        )
+        raise error("PLM303", message, "train.trainable", cure="write `trainable: all`")
+    return {id(p) for p in model.parameters()} - ours
 
 
 class _Clock(TrainerCallback):

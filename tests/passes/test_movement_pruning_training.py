@@ -104,6 +104,25 @@ def test_a_pruned_model_learns_its_task(granularity: Any, tmp_path: Path) -> Non
     assert torch.equal(one, two)
 
 
+def test_m10_embeddings_can_stay_as_they_are() -> None:
+    model = sized()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    done = replaced(model, density=0.5)
+    train(
+        model, settings(10).model_copy(update={"trainable": "all_but_embeddings"}), lesson(), done
+    )
+    after = dict(model.named_parameters())
+    tables = {name for name in before if name.endswith("_embeddings.weight")}
+    assert len(tables) == 3
+    for name in tables:
+        assert after[name].grad is None
+        assert after[name].requires_grad  # as it was
+        assert torch.equal(after[name], before[name])
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    assert {"classifier.weight", "bert.embeddings.LayerNorm.weight"} <= moved
+    assert any("attention" in name for name in moved)
+
+
 # --- targets
 
 
