@@ -192,6 +192,8 @@ def penalty(run: Experiment, method: str, density: float, distilled: bool) -> fl
         log(method, f"penalty {math.exp(middle):.1f}: density {got}")
         low, high = (middle, high) if got > density else (low, middle)
     best = min(tried)
+    if best[0] > math.log(1.25):
+        log(f"{method}: no penalty tried comes near density {density}; the nearest gives {best[2]}")
     write_json(file, {"penalty": best[1], "density_of_shorter_run": best[2]})
     return best[1]
 

@@ -80,7 +80,7 @@ def torch_pruning(recipe: plmcc.Recipe, dense: Path, folder: Path, part: float) 
     pruner = library.pruner.BasePruner(
         model, {"input_ids": torch.ones(1, 8, dtype=torch.long)},
         importance=library.importance.GroupMagnitudeImportance(), pruning_ratio=1 - part,
-        num_heads=heads, prune_num_heads=True, head_pruning_ratio=1 - part,
+        num_heads=heads, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=1 - part,
         ignored_layers=[m for m in kept if m not in wanted],
         output_transform=lambda output: output.logits.sum(),
     )  # fmt: skip
