@@ -205,7 +205,7 @@ def _convert(library: Any, system: System, folder: Path) -> None:
 
 
 def _fill_stack(part: Any, state: Any, at: str, model: Any, decoder: bool) -> None:
-    scale = model.config.d_model**0.5
+    scale = model.config.d_model**0.5 if model.config.scale_embedding else 1.0
     table = part.embeddings[0] if isinstance(part.embeddings, list) else part.embeddings
     table.weight = state["model.shared.weight"]
     part.scale_embeddings = scale
