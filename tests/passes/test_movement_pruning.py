@@ -546,7 +546,7 @@ def test_frozen_and_tied_linears_are_refused() -> None:
         ({"method": "refill", "granularity": "row"}, "`granularity` has no effect"),
         ({"method": "l0", "target": {"parameters": 0.5}}, "`target` has no effect"),
         ({"density": 0.3, "target": {"parameters": 0.5}}, "`density` has no effect"),
-        ({"target": {"parameters": 0.5, "flops": 0.5}}, "either `parameters` or `flops`"),
+        ({"target": {"parameters": 0.5, "flops": 0.5}}, "one of `parameters`, `flops` and"),
         ({"target": {"flops": 0.5}}, "zeros save no operations"),
         ({"granularity": {"block": [4, 4], "hybrid": [4, 4]}}, "either `block` or `hybrid`"),
         ({"warmup": 0.6, "cooldown": 0.5}, "leave no time"),
