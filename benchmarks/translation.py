@@ -266,7 +266,12 @@ def measured(
     tokenizer = systems[0].tokenizer
     sources = [tokenizer(text)["input_ids"] for text in lines(data / "test_2016_flickr.de.gz")]
     references = lines(data / "test_2016_flickr.en.gz")
-    forms = {f"{s.name} {mode}": s.form(mode) for mode in modes for s in systems}
+    forms = {
+        f"{s.name} {mode}": s.form(mode)
+        for mode, _, only in (text.partition(":") for text in modes)
+        for s in systems
+        if s.name in (only or s.name)
+    }
     first = next((s for s in systems if s.name == "A"), None)
     device = systems[0].model.device.type
     forms |= rivals(first, work, threads) if first and device == "cpu" else {}
@@ -305,7 +310,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, help="a trained A; else its recipe is applied")
     parser.add_argument("--systems", default="ABCDE")
-    parser.add_argument("--modes", nargs="*", default=["eager", "compiled", "int8", "exported"])
+    parser.add_argument(
+        "--modes",
+        nargs="*",
+        default=["eager", "compiled", "int8", "exported"],
+        help="`int8:DE` for some systems only",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], dest="settings", help="for all recipes")
@@ -327,7 +337,8 @@ def main() -> None:
     )
     result = {
         "command": f"python benchmarks/translation.py --data ../shared/data/multi30k --work out "
-        f"--systems {arguments.systems} --threads {arguments.threads}",
+        f"--systems {arguments.systems} --threads {arguments.threads} "
+        f"--rounds {arguments.rounds} --modes {' '.join(arguments.modes)}",
         "commit": commit.stdout.strip(),
         "hardware": hardware(),
         "versions": versions(),

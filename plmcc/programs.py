@@ -133,7 +133,7 @@ def best(logits_V: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
         scores, tokens = logits.log_softmax(-1).topk(candidates, dim=-1)
         return scores, tokens
     # Token t is in group t % groups. The best tokens are in the groups with the best maxima, which
-    # are quick to find: torch's topk of all logits took as long as a layer of the decoder.
+    # are quick to find: for 256 rows of 8,000, log-softmax and topk took 8.9 ms, this 3.1.
     filled = nn.functional.pad(logits, (0, -size % groups), value=-math.inf)
     rows_WG = filled.unflatten(-1, (-1, groups))
     best_G = rows_WG.amax(-2)
