@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedModel
 
+from plmcc.beams import shares_keys
 from plmcc.programs import Encode, Step, recorded
 
 # Freezing packs the weights of linear layers for oneDNN. On 2 cores of an EPYC 9004, the linear
@@ -70,6 +71,18 @@ def room_for(candidates: int) -> int:
 def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Return heads and width of each self-attention cache: keys of all layers, then values."""
     return [(c.shape[1], c.shape[3]) for c in _caches(model, 2, 2)[0]]
+
+
+def has_programs(model: PreTrainedModel) -> bool:
+    """Return whether a model can be run as `plmcc.programs` runs it: its attention has to be
+    exchangeable, and its decoder has to take caches and encoder states of the usual form."""
+    if not shares_keys(model):
+        return False
+    try:
+        cache_shapes(model)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False  # mixtures of experts want the encoder's router logits, pairs of models ...
+    return True
 
 
 @torch.no_grad()

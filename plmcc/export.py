@@ -66,7 +66,7 @@ def export_model(
         PlmccError: the model does not translate, or the directory cannot be written.
     """
     check_translates(model)
-    _check_attention(model)
+    _check_programs(model)
     defaults = default_search(model)
     _check_target(target, overwrite)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
@@ -121,10 +121,10 @@ def check_translates(model: PreTrainedModel) -> None:
         raise error("PLM401", message, cure=cure)
 
 
-def _check_attention(model: PreTrainedModel) -> None:
+def _check_programs(model: PreTrainedModel) -> None:
     if not compilable(model):
-        message = f"the attention of {type(model).__name__} is its own, not that of transformers"
-        cure = "export Marian, BART, mBART, M2M100, T5 or another model with exchangeable attention"
+        message = f"{type(model).__name__} cannot be exported: its attention or cache is its own"
+        cure = "use it by `generate`; Marian, BART, mBART, M2M100, Pegasus and T5 can be exported"
         raise error("PLM401", message, cure=cure)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from plmcc.beams import shares_keys
+from plmcc.compiled import has_programs
 from plmcc.runtime import Programs, translate
 from plmcc.search import Search
 
@@ -94,9 +94,8 @@ def translates(model: PreTrainedModel) -> bool:
 
 
 def compilable(model: PreTrainedModel) -> bool:
-    """Return whether a model's `generate` can run programs: its attention has to be exchangeable
-    (`plmcc.beams`)."""
-    return translates(model) and shares_keys(model)
+    """Return whether a model's `generate` can run programs (`plmcc.compiled.has_programs`)."""
+    return translates(model) and has_programs(model)
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

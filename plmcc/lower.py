@@ -56,8 +56,8 @@ def compile(
 
     The forward pass goes through torch.compile. `generate` of an encoder-decoder runs programs of
     plmcc (`plmcc.programs`): greedy and beam search give the tokens that transformers gives, and
-    whatever else is asked for is left to transformers, as are models whose attention is not that
-    of transformers' interface. A program is compiled when it is first
+    whatever else is asked for is left to transformers, as are models whose attention or cache is
+    their own. A program is compiled when it is first
     needed, for all batch sizes and lengths; it keeps the weights of that moment.
 
     Args:

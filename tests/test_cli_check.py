@@ -151,7 +151,12 @@ def test_an_interrupt(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (
         subprocess.Popen(
-            [*RUN, "check", str(pipe)], env=environment, stderr=subprocess.PIPE, text=True
+            [*RUN, "check", str(pipe)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts jobs in the background with interrupts ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         ) as process,
         pipe.open("wb"),
     ):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import EOS, PAD, VOCAB, prompt, tiny, varied
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,8 +18,10 @@ from transformers import PreTrainedModel
 import plmcc
 from plmcc import compiled
 from plmcc.compiled import CompiledPrograms, cache_shapes
+from plmcc.diagnostics import PlmccError
+from plmcc.export import export_model
 from plmcc.generate import Generate
-from plmcc.programs import Encode, Step
+from plmcc.programs import Encode, Step, best
 
 NAMES = ("marian", "bart", "mbart", "t5", "t5_gated")
 
@@ -207,3 +212,69 @@ def test_a_copy_has_programs_of_its_own(t5: PreTrainedModel) -> None:
     assert copied.generate.model is copied
     assert isinstance(copied.generate.programs, CompiledPrograms)
     assert copied.generate.programs.model is copied
+
+
+@pytest.mark.parametrize("size", [8000, 8011, 4096, 99])  # one has no divisors
+@pytest.mark.parametrize("candidates", [1, 8, 16])
+def test_the_best_tokens_are_those_of_topk(size: int, candidates: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    logits = 3 * torch.randn(2, 3, size, generator=generator)
+    scores, tokens = best(logits, candidates)
+    wanted = logits.log_softmax(-1).topk(candidates, dim=-1)
+    assert torch.equal(tokens, wanted.indices)
+    if candidates > 1:
+        torch.testing.assert_close(scores, wanted.values)
+
+
+def test_the_encoder_reads_sentences_of_like_length_together() -> None:
+    model = varied("bart")
+    programs = Uncompiled(model)
+    read: list[tuple[int, ...]] = []
+    encode = programs.encode
+
+    def noted(source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
+        read.append(tuple(source_BS.shape))
+        return encode(source_BS, mask_BS)
+
+    programs.encode = noted  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(0)
+    lengths = [40, 3, 38, 5, 4, 3, 39, 4]
+    ids = torch.randint(EOS + 1, VOCAB, (len(lengths), 40), generator=generator)
+    mask = (torch.arange(40) < torch.tensor(lengths)[:, None]).long()
+    given = {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+    for beams in (1, 3):
+        same(model, Generate(model, programs), given, num_beams=beams, max_new_tokens=12)
+    assert len(read) > 2
+    assert sum(rows * length for rows, length in read) < 2 * len(lengths) * 40 / 1.5
+    left = {"input_ids": given["input_ids"].flip(1), "attention_mask": mask.flip(1)}
+    same(model, Generate(model, programs), left, num_beams=3, max_new_tokens=12)
+
+
+def led() -> PreTrainedModel:
+    sizes: dict[str, Any] = {"d_model": 32, "vocab_size": VOCAB, "attention_window": 8,
+             "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+             "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
+    return transformers.LEDForConditionalGeneration(transformers.LEDConfig(**sizes))
+
+
+def pair() -> PreTrainedModel:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32, "vocab_size": VOCAB}  # fmt: skip
+    parts = [transformers.BertConfig(**sizes) for _ in range(2)]
+    kind: Any = transformers.EncoderDecoderConfig
+    config = kind.from_encoder_decoder_configs(*parts)
+    config.decoder_start_token_id, config.pad_token_id = 5, PAD
+    return transformers.EncoderDecoderModel(config)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("make", [led, pair])
+def test_a_model_that_has_no_programs_is_left_to_transformers(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = make().eval()
+    plmcc.compile(model)
+    assert "generate" not in vars(model)
+    with pytest.raises(PlmccError, match="cannot be exported: its attention or cache is its own"):
+        export_model(model, None, tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []

@@ -211,6 +211,32 @@ def test_a_teachers_translations_are_made_once_and_kept(
         taught(rows, teacher, settings)
 
 
+def test_a_teacher_with_much_to_translate_is_compiled_for_that_while(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_runtime import Uncompiled
+
+    made: list[Uncompiled] = []
+
+    class Programs(Uncompiled):
+        def __init__(self, model: PreTrainedModel) -> None:
+            super().__init__(model)
+            made.append(self)
+
+    teacher: PreTrainedModel = MarianMTModel.from_pretrained(model_folder)
+    rows = Dataset.from_dict({"input_ids": [[3, 4, 1], [5, 1], [6, 7, 8, 1]]})
+    search = Sequences(num_beams=2, max_new_tokens=6, cache=str(tmp_path / "eager"))
+    eager = taught(rows, teacher, search)["labels"][:]
+    assert not made
+    monkeypatch.setattr(translation, "CompiledPrograms", Programs)
+    monkeypatch.setattr(translation, "_MANY", 3)
+    again = search.model_copy(update={"cache": str(tmp_path / "compiled")})
+    assert taught(rows, teacher, again)["labels"][:] == eager
+    assert made
+    assert made[0].steps
+    assert "generate" not in vars(teacher)
+
+
 def test_words_and_sequences_of_a_teacher_are_learnt_without_targets(
     model_folder: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
