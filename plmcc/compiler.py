@@ -23,7 +23,7 @@ from plmcc.output import free, write
 from plmcc.probes import probe_inputs
 from plmcc.recipe import Evaluate, Recipe, Scratch, Stage, Train
 from plmcc.scratch import new_source
-from plmcc.size import component_bytes
+from plmcc.size import Inventory, component_bytes
 from plmcc.source import Source, load_source, outside
 from plmcc.train import Lesson, train
 from plmcc.verify import check_cache, outputs
@@ -131,7 +131,7 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     """Rewrite, train and harden a loaded model in place, and evaluate it. Writes nothing."""
     set_seed(recipe.seed)
     model = source.model.eval()
-    result = Result(model, bytes_before=component_bytes(model))
+    result, given = Result(model), Inventory.of(model)
     _check_lower(recipe, model)
     _check_trained(recipe)
     rows = evaluation_rows(recipe, source, base)
@@ -153,7 +153,9 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
         _stage(stage, matched, lessons.get(stage.name), result, say)
     if result.records:  # a model without passes stays one that transformers loads alone
         artifact.adopt(model, result.records)
-    result.bytes_after = component_bytes(model, [item.paths[0] for item in result.records])
+    rewritten = [item.paths[0] for item in result.records]
+    result.bytes_before = given.by_component(rewritten)
+    result.bytes_after = component_bytes(model, rewritten)
     after = _figures(recipe, source, rows, original, say, "the result") if rows else []
     known: list[float | None] = [*before] or [None] * len(after)
     result.metrics = [

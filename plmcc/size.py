@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
@@ -12,21 +13,37 @@ from transformers import PreTrainedModel
 from plmcc.diagnostics import error
 
 
-def component_bytes(model: PreTrainedModel, rewritten: Iterable[str] = ()) -> dict[str, int]:
-    """Return bytes by component: each rewritten path, the embedding tables, each stack of layers,
-    the rest.
+@dataclass(frozen=True)
+class Inventory:
+    """The bytes of a model's tensors by name, and the paths of its tables and stacks of layers."""
 
-    A tensor that several modules share counts once, for the first of them. Non-persistent buffers
-    do not count: they are not in a file.
-    """
-    tables = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    stacks = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    owners = [*rewritten, *sorted(tables), *sorted(stacks, key=len)]
-    sizes: dict[str, int] = {}
-    for name, value in _tensors(model).items():
-        owner = next((path for path in owners if name.startswith(f"{path}.")), "other")
-        sizes[owner] = sizes.get(owner, 0) + value.nbytes
-    return sizes
+    tensors: dict[str, int]
+    parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Inventory:
+        """Take it. A tensor that several modules share counts once, for the first of them.
+        Non-persistent buffers do not count: they are not in a file."""
+        modules = list(model.named_modules())
+        tables = {path for path, module in modules if isinstance(module, nn.Embedding)}
+        stacks = {path for path, module in modules if isinstance(module, nn.ModuleList)}
+        sizes = {name: value.nbytes for name, value in _tensors(model).items()}
+        return cls(sizes, (*sorted(tables), *sorted(stacks, key=len)))
+
+    def by_component(self, rewritten: Iterable[str] = ()) -> dict[str, int]:
+        """Return bytes by component: each rewritten path, the embedding tables, each stack of
+        layers, the rest. The same paths make the bytes before and after comparable."""
+        owners = [*rewritten, *self.parts]
+        sizes: dict[str, int] = {}
+        for name, size in self.tensors.items():
+            owner = next((path for path in owners if name.startswith(f"{path}.")), "other")
+            sizes[owner] = sizes.get(owner, 0) + size
+        return sizes
+
+
+def component_bytes(model: PreTrainedModel, rewritten: Iterable[str] = ()) -> dict[str, int]:
+    """Return a model's bytes by component (`Inventory.by_component`)."""
+    return Inventory.of(model).by_component(rewritten)
 
 
 def module_bytes(module: nn.Module) -> int:

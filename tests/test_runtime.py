@@ -253,7 +253,8 @@ def test_the_encoder_reads_sentences_of_like_length_together() -> None:
 def led() -> PreTrainedModel:
     sizes: dict[str, Any] = {"d_model": 32, "vocab_size": VOCAB, "attention_window": 8,
              "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-             "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+             "decoder_ffn_dim": 32}  # fmt: skip
     return transformers.LEDForConditionalGeneration(transformers.LEDConfig(**sizes))
 
 
