@@ -2,8 +2,9 @@
 
     python benchmarks/pruning.py --data ../shared/data/sst2 --work out/pruning
 
-A dense classifier is trained once from all-MiniLM-L6-v2; everything else begins with it, is trained
-for the same number of steps with the same arguments, and, where distilled, has it as its teacher.
+A dense classifier is trained once from all-MiniLM-L6-v2, for twice --steps; everything else begins
+with it, is trained for --steps with the same arguments, and, where distilled, has it as its teacher.
+Embeddings stay as they are (as in the paper), batches are of 32 sentences in bfloat16.
 
     methods  single weights by magnitude, L0, movement and soft movement; L0 and soft movement have
              no density: their penalty is searched in shorter runs, and the density reached is told
@@ -97,9 +98,11 @@ class Experiment:
         data = {"train": str(self.work / "train.tsv"), "text": "text", "label": "label"}
         arguments = {
             "max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 5e-5,
-            "warmup_steps": steps // 20, "train_sampling_strategy": "group_by_length",
+            "warmup_steps": steps // 20, "train_sampling_strategy": "group_by_length", "bf16": True,
         }  # fmt: skip
-        train: Row = {"data": data | {"max_length": 64}, "arguments": arguments}
+        # As in the paper: the embeddings are left as they are.
+        train: Row = {"data": data | {"max_length": 64}, "arguments": arguments,
+                      "trainable": "all_but_embeddings"}  # fmt: skip
         if distilled:
             train["distill"] = {"teacher": str(self.dense), "logits": 0.9, "task": 0.1}
         return {"name": name, "train": train} | ({"passes": passes} if passes else {})
@@ -111,7 +114,7 @@ class Experiment:
 
     def train_dense(self) -> None:
         if not self.dense.exists():
-            recipe = self.recipe(0, self.stage("dense", False, self.steps, []))
+            recipe = self.recipe(0, self.stage("dense", False, 2 * self.steps, []))
             plmcc.apply(recipe, self.model, self.dense, say=log)
 
     def load(self, folder: Path) -> Source:
