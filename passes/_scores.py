@@ -17,6 +17,8 @@ LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
 """Stretch and temperature of the hard-concrete distribution (Louizos et al., 2018)."""
 L0_START = 2.197
 """Initial score of the L0 method: sigmoid(2.197) = 0.9."""
+L0_CLOSED = math.log(-LOW / HIGH)
+"""Score at and below which the gate of the L0 method is zero at test time."""
 _EDGE = 1e-4
 
 
@@ -83,7 +85,7 @@ def gates(scores: Tensor, noise: Tensor | None = None) -> Tensor:
 
 def open_probability(scores: Tensor) -> Tensor:
     """Return P(gate != 0), whose mean is the L0 penalty."""
-    return torch.sigmoid(scores - BETA * math.log(-LOW / HIGH))
+    return torch.sigmoid(scores - BETA * L0_CLOSED)
 
 
 @dataclass(frozen=True)

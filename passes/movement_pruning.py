@@ -36,6 +36,7 @@ from plmcc.program import Program
 Size = Annotated[int, Field(ge=1, le=4096)]
 Shape = Literal["weight", "block", "row", "column", "head", "neuron", "2:4", "hybrid", "structured"]
 _WHOLE = ("head", "neuron", "structured")
+_DENSITY = 0.1
 
 
 class Blocks(BaseModel):
@@ -108,14 +109,18 @@ class MovementPruning(Pass):
     """What is kept or dropped as one. `neuron`: a row of fc1 (and gate) with its column of fc2.
     `hybrid`: 32 x 32 blocks in attention, neurons in the feed-forward network; other sizes as
     `{block: [R, C]}` or `{hybrid: [R, C]}`. `structured`: heads and neurons."""
-    density: float = Field(0.1, gt=0, le=1)
-    """Magnitude and movement: the part of each matrix (or of all heads, neurons) that stays."""
+    density: float | None = Field(None, gt=0, le=1)
+    """The part of each matrix (or of all heads, neurons) that stays; 0.1 by default for magnitude
+    and movement. Soft movement and L0 have none of their own. If one is given, it is of all weights
+    together; soft movement then keeps its penalty, but not its threshold, and the penalty of L0 is
+    steered."""
     scope: Literal["local", "global"] = "local"
     """`global`: the density is of all weights together, with one threshold."""
     threshold: float = Field(0.1, gt=0, lt=1)
     """Soft movement: final value of t; what scores sigmoid(S) <= t goes."""
     penalty: float | None = Field(None, ge=0)
-    """Soft movement and L0: weight of the regulariser; 400 and 125 by default."""
+    """Soft movement and L0: weight of the regulariser, or where it begins if it is steered; 400 and
+    125 by default."""
     floor: float = Field(0.005, ge=0, lt=1)
     """Soft movement: the part of each score tensor that stays in any case."""
     warmup: float = Field(0.1, ge=0)
@@ -144,10 +149,11 @@ class MovementPruning(Pass):
         """Refuse options that the others make meaningless."""
         soft, hard = self.method == "soft_movement", self.method in ("magnitude", "movement")
         masks, fixed = self.method != "refill", self.granularity == "2:4"
+        free = self.density is None and self.target is None
         fields = type(self).model_fields
         used = {
-            "density": hard and not fixed and self.target is None, "scope": hard and not fixed,
-            "target": hard and not fixed, "threshold": soft, "floor": soft,
+            "density": masks and not fixed and self.target is None, "scope": hard and not fixed,
+            "target": masks and not fixed, "threshold": soft and free, "floor": soft and free,
             "penalty": soft or self.method == "l0",
             "score_learning_rate": self.method in ("movement", "soft_movement", "l0"),
             "granularity": masks, "warmup": masks, "cooldown": masks, "seed": not masks,
@@ -205,9 +211,12 @@ class MovementPruning(Pass):
         yield from sites if self.target is None else aimed(sites, rules, self.target)
 
     def _rules(self) -> Rules:
+        wanted = self.density is not None or self.target is not None
+        steered = wanted and self.method in ("soft_movement", "l0")
         return Rules(
             method=self.method,
-            density=0.5 if self.granularity == "2:4" else self.density,
+            density=0.5 if self.granularity == "2:4" else self.density or _DENSITY,
+            steered=steered,
             threshold=self.threshold,
             floor=self.floor,
             wide=self.scope == "global",
@@ -242,9 +251,10 @@ class MovementPruning(Pass):
         if self.granularity == "2:4":
             return f"the {columns} columns of {names} are no multiple of 4" if columns % 4 else ""
         local = self.scope == "local" and self.method in ("magnitude", "movement")
-        if not local or self.target is not None or kept_of(self.density, group.count):
+        density = self.density or _DENSITY
+        if not local or self.target is not None or kept_of(density, group.count):
             return ""
-        what = f"density {self.density:g} keeps less than one of the {group.count} groups"
+        what = f"density {density:g} keeps less than one of the {group.count} groups"
         return f"{what} of {names}: at least {1 / group.count:.3g} is needed"
 
     def replace(self, site: Site) -> Soft:
