@@ -2,8 +2,8 @@
 
     python benchmarks/pruning.py --data ../shared/data/sst2 --work out/pruning
 
-A dense classifier is trained once from all-MiniLM-L6-v2, for twice --steps; all else begins with
-it, is trained for --steps with the same arguments, and, where distilled, has it as its teacher.
+A dense classifier is trained once from all-MiniLM-L6-v2, for --dense-steps; all else begins
+with it, is trained for --steps with the same arguments, and, where distilled, has it as its teacher.
 Embeddings stay as they are (as in the paper), batches are of 32 sentences in bfloat16.
 
     methods  single weights by magnitude, L0, movement and soft movement; the penalty of L0 and the
@@ -84,6 +84,7 @@ class Experiment:
     work: Path
     model: Path
     steps: int
+    dense_steps: int
     seconds: float
 
     @property
@@ -110,7 +111,7 @@ class Experiment:
 
     def train_dense(self) -> None:
         if not self.dense.exists():
-            recipe = self.recipe(0, self.stage("dense", False, 2 * self.steps, []))
+            recipe = self.recipe(0, self.stage("dense", False, self.dense_steps, []))
             plmcc.apply(recipe, self.model, self.dense, say=log)
 
     def load(self, folder: Path) -> Source:
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument("--speeds", nargs="*", type=float, default=list(SPEEDS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--dense-steps", type=int, default=12000)
     parser.add_argument("--seconds", type=float, default=30.0, help="of a measurement")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -296,7 +298,9 @@ def main() -> None:
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     split(arguments.data, work, arguments.limit)
-    run = Experiment(work, arguments.model, arguments.steps, arguments.seconds)
+    run = Experiment(
+        work, arguments.model, arguments.steps, arguments.dense_steps, arguments.seconds
+    )
     run.train_dense()
     run.row("dense", lambda _: facts("dense", "", 1.0, False, 0, None), timed=False)
     for part in arguments.parts:
@@ -308,7 +312,7 @@ def main() -> None:
     )
     result = {
         "command": f"python benchmarks/pruning.py --data ../shared/data/sst2 --work out "
-        f"--steps {arguments.steps}",
+        f"--steps {arguments.steps} --dense-steps {arguments.dense_steps}",
         "commit": commit.stdout.strip(),
         "hardware": hardware(),
         "versions": versions(),
