@@ -2,8 +2,8 @@
 
     python benchmarks/pruning.py --data ../shared/data/sst2 --work out/pruning
 
-A dense classifier is trained once from all-MiniLM-L6-v2, for --dense-steps; all else begins
-with it, is trained for --steps with the same arguments, and, where distilled, has it as its teacher.
+A dense classifier is trained once from all-MiniLM-L6-v2, for --dense-steps; all else begins with
+it, is trained for --steps with the same arguments, and, where distilled, has it as its teacher.
 Embeddings stay as they are (as in the paper), batches are of 32 sentences in bfloat16.
 
     methods  single weights by magnitude, L0, movement and soft movement; the penalty of L0 and the
