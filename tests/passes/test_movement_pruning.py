@@ -536,7 +536,8 @@ def test_frozen_and_tied_linears_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"method": "soft_movement", "density": 0.3}, "`density` has no effect"),
+        ({"method": "soft_movement", "density": 0.3, "threshold": 0.2}, "`threshold` has no"),
+        ({"method": "refill", "density": 0.3}, "`density` has no effect"),
         ({"method": "magnitude", "penalty": 1.0}, "`penalty` has no effect"),
         ({"threshold": 0.2}, "`threshold` has no effect"),
         ({"granularity": "2:4", "density": 0.3}, "`density` has no effect"),
@@ -544,7 +545,7 @@ def test_frozen_and_tied_linears_are_refused() -> None:
         ({"granularity": "2:4", "method": "l0"}, "`2:4` goes with"),
         ({"compact": False, "even_heads": "remove"}, "`even_heads` has no effect"),
         ({"method": "refill", "granularity": "row"}, "`granularity` has no effect"),
-        ({"method": "l0", "target": {"parameters": 0.5}}, "`target` has no effect"),
+        ({"method": "l0", "density": 0.5, "scope": "global"}, "`scope` has no effect"),
         ({"density": 0.3, "target": {"parameters": 0.5}}, "`density` has no effect"),
         ({"target": {"parameters": 0.5, "flops": 0.5}}, "one of `parameters`, `flops` and"),
         ({"target": {"flops": 0.5}}, "zeros save no operations"),

@@ -103,8 +103,13 @@ def test_layers_of_many_kinds_are_cut_to_size(name: str) -> None:
 # --- the target
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("method", ["magnitude", "movement"])
+@pytest.mark.parametrize(
+    ("method", "scope"),
+    [
+        ("magnitude", "local"), ("movement", "local"), ("magnitude", "global"),
+        ("movement", "global"), ("soft_movement", "local"), ("l0", "local"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("granularity", "speed"),
     [("structured", 2.0), ("neuron", 1.4), ({"hybrid": [16, 16]}, 1.6)],

@@ -21,6 +21,7 @@ import plmcc
 from plmcc import Data, Distill, PlmccError, Train, artifact
 from plmcc.distill import Distillation
 from plmcc.passes._masked import Unit
+from plmcc.passes._pressure import Pressure
 from plmcc.passes._prunable_layer import PrunableLayer
 from plmcc.passes._refill import refilled
 from plmcc.passes.movement_pruning import MovementPruning
@@ -126,8 +127,11 @@ def test_m10_embeddings_can_stay_as_they_are() -> None:
 # --- targets
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("method", ["magnitude", "movement"])
+LOCAL = [("magnitude", "local"), ("movement", "local")]
+WIDE = [("magnitude", "global"), ("movement", "global"), ("soft_movement", "local"), ("l0", "local")]
+
+
+@pytest.mark.parametrize(("method", "scope"), LOCAL + WIDE)
 @pytest.mark.parametrize(
     "granularity", ["weight", {"block": [8, 8]}, "neuron", "structured", {"hybrid": [8, 8]}]
 )
@@ -149,6 +153,49 @@ def test_a_target_of_parameters_is_met(
             unit.scores.data = torch.randn(unit.shape, generator=generator)
     harden_all(model, done)
     assert nonzero(encoder(model)) / total == pytest.approx(aim, rel=0.03)
+
+
+@pytest.mark.parametrize("method", ["soft_movement", "l0"])
+@pytest.mark.parametrize("density", [0.3, 0.08])
+def test_methods_without_a_density_are_steered_to_one(method: str, density: float) -> None:
+    model = sized()
+    done = replaced(model, method=method, density=density)
+    rules = done[0].site.facts["rules"]
+    whole = sum(int(unit.sizes().sum()) for unit in units(done))
+    train(model, settings(120), lesson(), done)
+    if method == "l0":  # the penalty has done it, without what is cut off in the end
+        assert rules.open_part() == pytest.approx(density, rel=0.5)
+    harden_all(model, done)
+    kept = sum(one.soft.facts()["nonzero_weights"] for one in done)
+    assert kept == pytest.approx(density * whole, rel=0.03)
+
+
+def test_gates_of_which_too_few_are_open_are_opened() -> None:
+    model = sized()
+    done = replaced(model, method="l0", density=0.5)
+    generator = torch.Generator().manual_seed(0)
+    for unit in units(done):
+        assert unit.scores is not None
+        unit.scores.data = torch.randn(unit.shape, generator=generator) - 10
+    assert done[0].site.facts["rules"].open_part() == 0.0
+    harden_all(model, done)
+    figures = [one.soft.facts() for one in done]
+    kept, whole = (sum(f[name] for f in figures) for name in ("nonzero_weights", "weights"))
+    assert kept == pytest.approx(0.5 * whole, rel=0.03)
+
+
+def test_the_penalty_pushes_harder_while_the_density_is_too_high() -> None:
+    pressure, factors = Pressure(), []
+    for density in (0.9, 0.9, 0.5, 0.1, 0.05):
+        pressure.update(density, 0.1)
+        factors.append(pressure.factor)
+    assert 1 < factors[0] < factors[1]
+    assert factors[1] > factors[2] > factors[3] > factors[4]
+    for _ in range(1000):
+        pressure.update(1.0, 0.01)
+    assert pressure.factor <= 1001
+    pressure.update(0.001, 0.01)  # what had no effect was not summed up
+    assert pressure.factor < 200
 
 
 @pytest.mark.parametrize("aim", [0.7, 0.5, 0.3])
