@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from plmcc import artifact, rewrite
+from plmcc import artifact, question_answering, rewrite
 from plmcc.api import Pass
 from plmcc.bench import Latency, measure
 from plmcc.data import Rows
 from plmcc.diagnostics import error
 from plmcc.evaluate import Evaluator
 from plmcc.generate import translates
-from plmcc.lessons import classes_shown, evaluation_rows, lesson_of, with_teacher
+from plmcc.lessons import evaluation_rows, head_shown, lesson_of, with_teacher
 from plmcc.output import free, write
 from plmcc.probes import probe_inputs
 from plmcc.recipe import Evaluate, Recipe, Scratch, Stage, Train
@@ -31,6 +31,7 @@ from plmcc.verify import check_cache, outputs
 Say = Callable[[str], None]
 _SHOWN_BATCHES, _SHOWN_ROWS = 30, 16  # what passes are shown of the training data
 _EVALUATED = 256  # tokens of a text that evaluation reads
+_WINDOW = 384  # or of a window of a long context, as in the scripts of BERT
 _HARDEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -116,7 +117,7 @@ def apply(
     elif isinstance(name, Scratch):
         source = new_source(recipe, base)
     else:
-        source = load_source(name, recipe.task, classes_shown(recipe, base))
+        source = load_source(name, recipe.task, head_shown(recipe, base))
         if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
             source.model.float()
             source.notes += ("its float16 weights are trained, and saved, in float32",)
@@ -271,7 +272,8 @@ def _figures(
     what: str,
 ) -> list[float]:
     say(f"evaluating {what}")
-    tokenizer, length = source.need_tokenizer("evaluation"), source.max_length(_EVALUATED)
+    tokenizer = source.need_tokenizer("evaluation")
+    length = source.max_length(_WINDOW if source.task == question_answering.TASK else _EVALUATED)
     asked: list[tuple[Evaluate, Rows]] = list(zip(recipe.evaluate, rows, strict=True))
 
     def evaluator(figure: Evaluate) -> Evaluator:

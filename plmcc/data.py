@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,17 +107,11 @@ def load_rows(
             there.
     """
     name = source if isinstance(source, str) else ", ".join(source)
-    if name == SYNTHETIC:
-        message = "there are no synthetic rows to evaluate on: they have no text and no labels"
-        raise error("PLM301", message, name, cure="name a file")
-    table = _from_hub(name) if name.startswith("hub:") else _from_files(source, base)
+    table = read_table(source, base)
     if target is not None:
         table, text, label = _aligned(table, text, name, target, base), None, None
-    if len(table) == 0:
-        raise error("PLM301", "there are no rows", name)
-    columns = _text_columns(table, text, name)
+    columns = columns_of(table, text, name)
     found_label = _label_column(table, label, name)
-    _check_text(table, columns, name)
     count = len(table)
     table = table.filter(lambda row: all((row[c] or "").strip() for c in columns))
     skipped = count - len(table)
@@ -123,6 +119,36 @@ def load_rows(
         raise error("PLM301", f"every row is empty in {' and '.join(columns)}", name)
     table = table.select(range(min(limit or len(table), len(table))))
     return Rows(table, columns, found_label, name, skipped)
+
+
+def read_table(source: str | Sequence[str], base: Path | None = None) -> Dataset:
+    """Return the rows of files or of a data set of the hub as they are, with all columns.
+
+    Raises:
+        PlmccError: as `load_rows` says.
+    """
+    name = source if isinstance(source, str) else ", ".join(source)
+    if name == SYNTHETIC:
+        message = "there are no synthetic rows to evaluate on: they have no text and no labels"
+        raise error("PLM301", message, name, cure="name a file")
+    table = _from_hub(name) if name.startswith("hub:") else _from_files(source, base)
+    if len(table) == 0:
+        raise error("PLM301", "there are no rows", name)
+    return table
+
+
+def read_text(file: Path) -> str:
+    """Return what is in a file of text, which may be compressed.
+
+    Raises:
+        PlmccError: it cannot be read.
+    """
+    try:
+        content = file.read_bytes()
+        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
+        reason = _first_line(problem)
+        raise error("PLM301", f"the file cannot be read: {reason}", str(file)) from None
 
 
 def _aligned(
@@ -134,7 +160,7 @@ def _aligned(
 ) -> Dataset:
     """Join the rows of two sources, line by line."""
     other = target if isinstance(target, str) else ", ".join(target)
-    second = _from_hub(other) if other.startswith("hub:") else _from_files(target, base)
+    second = read_table(target, base)
     columns = [_text_columns(part, text, n)[0] for part, n in ((table, name), (second, other))]
     if len(table) != len(second):
         given = f"{len(table)} rows in {name}, {len(second)} in {other}"
@@ -278,7 +304,7 @@ def _text_columns(table: Dataset, text: str | Sequence[str] | None, source: str)
     names = table.column_names
     if text is not None:
         columns = (text,) if isinstance(text, str) else tuple(text)
-        return tuple(_existing(column, names, source) for column in columns)
+        return tuple(existing(column, names, source) for column in columns)
     for pair in _PAIRS:
         if set(pair) <= set(names):
             return pair
@@ -287,6 +313,17 @@ def _text_columns(table: Dataset, text: str | Sequence[str] | None, source: str)
             return (single,)
     raise error("PLM301", "no column of text is known", source, given=listing(names),
                 allowed="name the column or the two columns with `text:`")  # fmt: skip
+
+
+def columns_of(table: Dataset, text: str | Sequence[str] | None, source: str) -> tuple[str, ...]:
+    """Return the columns of text: those named, or the usual ones.
+
+    Raises:
+        PlmccError: one is not there, or does not hold text.
+    """
+    columns = _text_columns(table, text, source)
+    _check_text(table, columns, source)
+    return columns
 
 
 def _check_text(table: Dataset, columns: Sequence[str], source: str) -> None:
@@ -299,11 +336,16 @@ def _check_text(table: Dataset, columns: Sequence[str], source: str) -> None:
 
 def _label_column(table: Dataset, label: str | None, source: str) -> str | None:
     if label is not None:
-        return _existing(label, table.column_names, source)
+        return existing(label, table.column_names, source)
     return next((name for name in _LABELS if name in table.column_names), None)
 
 
-def _existing(column: str, names: list[str], source: str) -> str:
+def existing(column: str, names: list[str], source: str) -> str:
+    """Return the name of a column.
+
+    Raises:
+        PlmccError: there is none of that name.
+    """
     if column not in names:
         cure = did_you_mean(column, names)
         raise error(

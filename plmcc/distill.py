@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from plmcc import token_classification
 from plmcc.diagnostics import error
 from plmcc.recipe import Distill
-from plmcc.tasks import Pooling, last_states
+from plmcc.tasks import LABELS, Pooling, last_states
 
 _SPANS = ("start_logits", "end_logits")
 """What models of extractive question answering return: two distributions over the tokens."""
@@ -33,6 +34,7 @@ class Distillation:
         task: str,
     ) -> None:
         self.teacher, self.pooling, self.settings = teacher.eval(), pooling, settings
+        self.task = task
         self._check_inputs(model)
         states = bool(settings.hidden_states or settings.pooled)
         self.needs: dict[str, Any] = {"output_hidden_states": True} if states else {}
@@ -96,7 +98,7 @@ class Distillation:
     def teach(self, batch: dict[str, Tensor]) -> Any:
         """Return the teacher's output for a batch, or None where only its translations count."""
         self.teacher.to(batch["input_ids"].device)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {name: value for name, value in batch.items() if name not in LABELS}
         if not (self.settings.logits or self.needs):
             return None
         return self.teacher(**inputs, **self.needs)
@@ -110,7 +112,10 @@ class Distillation:
         total = torch.zeros((), device=mask_BL.device)
         if self.settings.logits:
             names = [name for name in _SPANS if name in output] or ["logits"]
-            terms = [self._logits(output[name], teacher[name], mask_BL) for name in names]
+            judged_BL = mask_BL
+            if self.task == token_classification.TASK and "labels" in batch:
+                judged_BL = (batch["labels"] != token_classification.IGNORED).long()
+            terms = [self._logits(output[name], teacher[name], judged_BL) for name in names]
             total = total + self.settings.logits * torch.stack(terms).mean()
         if self.settings.hidden_states:
             terms = [relative_error(output[states][s], teacher[states][t], mask_BL)
@@ -135,7 +140,7 @@ class Distillation:
         log_s, log_t = (F.log_softmax(x.float() / warm, -1) for x in (student, teacher))
         divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
         if divergence.dim() == 2:
-            return (divergence * mask_BL).sum() / mask_BL.sum() * warm**2
+            return (divergence * mask_BL).sum() / mask_BL.sum().clamp(min=1) * warm**2
         return divergence.mean() * warm**2
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from scipy import stats
 from sklearn import metrics
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plmcc import question_answering, token_classification
 from plmcc.data import Rows, check_class_labels
-from plmcc.diagnostics import error
-from plmcc.tasks import Pooling, classes_of, collator, encode, last_states, padding
+from plmcc.diagnostics import Place, error
+from plmcc.tasks import Pooling, classes_of, collator, encode, last_states, padding, task_of
 from plmcc.translation import extra, generated
+from plmcc.windows import Inputs, by_length
 
 _BATCH = 64
 _TRANSLATION = ("bleu", "chrf")
@@ -32,6 +35,28 @@ _CORRELATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "spearman": stats.spearmanr,
     "pearson": stats.pearsonr,
 }
+
+
+_WINDOWED = {
+    question_answering.TASK: ("exact_match", "f1", "fidelity"),
+    token_classification.TASK: ("f1", "accuracy", "fidelity"),
+}
+
+
+def check_metric(metric: str, task: str, place: Place | str = "evaluate") -> None:
+    """Check that a metric is one of the task's, where that does not depend on the rows.
+
+    Raises:
+        PlmccError: it is not.
+    """
+    allowed = _WINDOWED.get(task)
+    if allowed is None and metric == "exact_match":
+        message = f"exact_match compares the answers of {question_answering.TASK}"
+        raise error("PLM303", message, place, given=f"the task {task}",
+                    cure="choose another metric")  # fmt: skip
+    if allowed is not None and metric not in allowed:
+        raise error("PLM303", f"{metric} does not fit {task}", place, given=metric,
+                    allowed=", ".join(allowed))  # fmt: skip
 
 
 class Evaluator:
@@ -50,7 +75,7 @@ class Evaluator:
         self.search = (num_beams, max_new_tokens)
         self.model, self.tokenizer = model.eval(), padding(tokenizer)
         self.pooling, self.original = pooling, original
-        self.max_length = max_length
+        self.max_length, self.task = max_length, task_of(type(model).__name__)
 
     @torch.no_grad()
     def compute(self, metric: str, rows: Rows) -> float:
@@ -60,6 +85,9 @@ class Evaluator:
         Raises:
             PlmccError: the rows or the model do not have what the metric needs.
         """
+        check_metric(metric, self.task)
+        if self.task in _WINDOWED:
+            return 100 * self._windowed(metric, rows)
         if metric in _CORRELATIONS:
             return 100 * self._correlation(_CORRELATIONS[metric], rows)
         if metric in _CLASSES:
@@ -107,6 +135,41 @@ class Evaluator:
             options = {"padding": True, "truncation": True, "max_length": self.max_length}
             batch = self.tokenizer(*columns, return_tensors="pt", **options)
             yield part, dict(batch.to(self.model.device))
+
+    def predict(self, rows: Rows, model: PreTrainedModel | None = None) -> list[Any]:
+        """Return the answer to each question, or the labels of the words of each sentence."""
+        given = (rows, self.tokenizer, self.max_length)
+        if self.task == question_answering.TASK:
+            inputs, made = question_answering.question_windows(*given)
+            return question_answering.best_answers(rows, made, self._outputs(inputs, model))
+        inputs, made, begun = token_classification.sentence_windows(*given)
+        outputs = self._outputs(inputs, model)
+        return token_classification.best_labels(rows, made, begun, outputs)
+
+    def _outputs(
+        self, inputs: Inputs, model: PreTrainedModel | None
+    ) -> Iterator[tuple[list[int], Any]]:
+        """What the model returns for windows, batch by batch, with the places of these."""
+        pad = collator(self.task, self.tokenizer)
+        for order in by_length(inputs, _BATCH):
+            batch = pad([{name: column[i] for name, column in inputs.items()} for i in order])
+            placed = {name: value.to(self.model.device) for name, value in batch.items()}
+            yield order, (model or self.model)(**placed)
+
+    def _windowed(self, metric: str, rows: Rows) -> float:
+        """Figures of answers or of labelled words."""
+        found = self.predict(rows)
+        if metric == "fidelity":
+            assert self.original is not None, "fidelity compares with the original"
+            return _same(found, self.predict(rows, self.original))
+        if self.task == question_answering.TASK:
+            answers = question_answering.answers_of(rows)
+            return question_answering.squad(metric, found, [[a.text for a in o] for o in answers])
+        names = self.model.config.label2id
+        truths = token_classification.label_ids(rows, names)
+        if metric == "accuracy":
+            return _same(truths, found)
+        return token_classification.entity_f1(truths, found, names)
 
     def _correlation(self, measure: Callable[[Any, Any], Any], rows: Rows) -> float:
         if len(rows.text) != 2:
@@ -212,6 +275,13 @@ class Evaluator:
             return self.pooling(last_states(output), batch["attention_mask"])
         predicted = logits.argmax(-1)
         return predicted if predicted.dim() == 1 else predicted[batch["attention_mask"].bool()]
+
+
+def _same(one: list[Any], two: list[Any]) -> float:
+    """The share of equal answers, or of equal labels of words."""
+    if one and isinstance(one[0], list):
+        one, two = ([label for row in part for label in row] for part in (one, two))
+    return float(np.mean([a == b for a, b in zip(one, two, strict=True)]))
 
 
 def _exp(mean: float) -> float:

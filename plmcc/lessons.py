@@ -8,12 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from plmcc import question_answering, token_classification
 from plmcc.data import SYNTHETIC, Rows, load_rows, synthetic_rows
 from plmcc.diagnostics import error
 from plmcc.distill import Distillation
-from plmcc.recipe import Data, Recipe, Stage, Synthetic, Train
+from plmcc.evaluate import check_metric
+from plmcc.recipe import Data, Evaluate, Recipe, Stage, Synthetic, Train
 from plmcc.source import Source, load_source
 from plmcc.tasks import classes_of, collator, encode
+from plmcc.token_classification import named_labels
 from plmcc.train import Lesson, check_lesson
 from plmcc.translation import taught
 
@@ -79,11 +82,14 @@ def _encoded(
     base: Path | None,
 ) -> Any:
     tokenizer = source.need_tokenizer("training on text")
-    rows = load_rows(names, data.text, data.label, data.limit, base, target)
     if target is not None and source.task != "translation":
         cure = "set `task: translation`, or remove it"
         raise error("PLM303", f"{source.task} has no use for translations", "train.data.target",
                     given=source.task, cure=cure)  # fmt: skip
+    if data.stride is not None and source.task != question_answering.TASK:
+        raise error("PLM303", f"`stride` has no effect on {source.task}", "train.data.stride",
+                    given=str(data.stride), cure="remove it")  # fmt: skip
+    rows = rows_of(source.task, data, names, base, target)
     length = source.max_length(data.max_length)
     if "max_length" in data.model_fields_set and length < data.max_length:
         note = f"`max_length: {data.max_length}` is more than the model reads; texts are cut after"
@@ -93,8 +99,8 @@ def _encoded(
     classes = classes_of(source.model) if source.task == "text-classification" else 0
     if source.task == "translation":
         check_end(source)
-    names_of_classes = source.model.config.label2id
-    return encode(rows, source.task, tokenizer, length, classes, names_of_classes)
+    labels = source.model.config.label2id
+    return encode(rows, source.task, tokenizer, length, classes, labels, data.stride)
 
 
 def check_end(source: Source) -> None:
@@ -135,21 +141,51 @@ def _check_architecture(source: Source, key: str) -> None:
                     given=given, cure=cure)  # fmt: skip
 
 
-def classes_shown(recipe: Recipe, base: Path | None) -> int | None:
-    """The number of classes that labelled training data shows, for a head that has to be made."""
-    if recipe.task != "text-classification":
+def rows_of(
+    task: str,
+    asked: Data | Evaluate,
+    names: str | list[str],
+    base: Path | None,
+    target: str | list[str] | None = None,
+) -> Rows:
+    """Read rows as a task needs them; `names` and `target` are the files."""
+    given = (names, asked.text, asked.label, asked.limit, base)
+    if task == question_answering.TASK:
+        return question_answering.load_questions(*given)
+    if task == token_classification.TASK:
+        return token_classification.load_sentences(*given)
+    return load_rows(*given, target)
+
+
+def head_shown(recipe: Recipe, base: Path | None) -> dict[str, Any] | None:
+    """The number or names of classes that labelled training data shows, for a head that has to be
+    made; values of the model's config."""
+    task: str = recipe.task
+    if task == question_answering.TASK:
+        return {"num_labels": 2}  # start and end
+    if task not in ("text-classification", token_classification.TASK):
         return None
     for stage in recipe.steps():
         if stage.train and stage.train.data.train != SYNTHETIC:
-            data = stage.train.data
-            rows = load_rows(data.train, data.text, data.label, data.limit, base)
-            labels = (
-                {int(v) for v in rows.labels() if str(v).lstrip("-").isdigit()}
-                if rows.label
-                else set()
-            )
-            return max(labels, default=1) + 1
+            rows = rows_of(task, stage.train.data, stage.train.data.train, base)
+            if rows.label is None:
+                return {"num_labels": 2}
+            if task == "text-classification":
+                return _numbered({str(value) for value in rows.labels()})
+            return _named({name for row in named_labels(rows) for name in row})
     return None
+
+
+def _numbered(labels: set[str]) -> dict[str, Any]:
+    numbers = {int(label) for label in labels if label.lstrip("-").isdigit()}
+    return {"num_labels": max(numbers, default=1) + 1}
+
+
+def _named(labels: set[str]) -> dict[str, Any]:
+    if all(label.isdigit() for label in labels):
+        return _numbered(labels)
+    names = sorted(labels, key=lambda label: (label != "O", label))
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
 
 
 def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[Rows]:
@@ -159,7 +195,8 @@ def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[R
         source.need_tokenizer("evaluation")
         if source.task == "translation":
             check_end(source)
+    for index, asked in enumerate(recipe.evaluate):
+        check_metric(asked.metric, source.task, recipe.place(("evaluate", index, "metric")))
     return [
-        load_rows(asked.data, asked.text, asked.label, asked.limit, base, asked.target)
-        for asked in recipe.evaluate
+        rows_of(source.task, asked, asked.data, base, asked.target) for asked in recipe.evaluate
     ]

@@ -28,10 +28,11 @@ else:
 # fmt: off
 Task = Literal[
     "auto", "sentence-similarity", "feature-extraction", "text-classification", "fill-mask",
-    "text-generation", "translation",
+    "text-generation", "translation", "question-answering", "token-classification",
 ]
 Metric = Literal[
     "accuracy", "f1", "matthews", "spearman", "pearson", "perplexity", "fidelity", "bleu", "chrf",
+    "exact_match",
 ]
 # fmt: on
 Weight = Annotated[float, Field(ge=0)]
@@ -129,7 +130,10 @@ class Data(Node):
     label: Text | None = None
     """The column that holds the label."""
     max_length: Annotated[int, Field(ge=4)] = 128
-    """Tokens after which a text is cut."""
+    """Tokens after which a text is cut, or a new window of it begins."""
+    stride: NonNegativeInt | None = None
+    """Question answering: tokens that two windows of a long context have in common; by default a
+    third of `max_length`."""
     limit: PositiveInt | None = None
     """Use only this many rows."""
     synthetic: Synthetic | None = None
@@ -231,8 +235,9 @@ class Evaluate(Node):
     """One figure of the report."""
 
     metric: Metric
-    """What is computed; `fidelity` compares with the original model. `bleu` and `chrf` need the
-    extra `eval`."""
+    """What is computed; `fidelity` compares with the original model. `f1` is of the words of
+    answers (question answering, as `exact_match`), of entities (token classification) or of
+    classes. `bleu`, `chrf` and entities need the extra `eval`."""
     data: Source
     """A file, a glob or `hub:name[/config][@split]`."""
     target: Source | None = None

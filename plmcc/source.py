@@ -101,13 +101,14 @@ class Source:
         )  # fmt: skip
 
 
-def load_source(name: str | Path, task: str = "auto", classes: int | None = None) -> Source:
+def load_source(name: str | Path, task: str = "auto", head: dict[str, Any] | None = None) -> Source:
     """Load a model to compress.
 
     Args:
         name: a local directory or a hub id.
         task: a task of the recipe, or "auto" to take it from the checkpoint.
-        classes: the number of labels, if the checkpoint has no classification head of its own.
+        head: values of the config (number or names of labels), if the checkpoint has no head of its
+            own for the task.
 
     Raises:
         PlmccError: the model cannot be found or read.
@@ -119,9 +120,7 @@ def load_source(name: str | Path, task: str = "auto", classes: int | None = None
     folder = folder or _snapshot(str(name))
     found = task_of(_architecture(config), folder)
     chosen = found if task == "auto" else task
-    options = {}
-    if chosen == "text-classification" and found != chosen and classes is not None:
-        options["num_labels"] = classes
+    options = head if head and found != chosen else {}
     model, notes = _model(name, auto_class(chosen, config), options)
     placed: torch.nn.Module = model
     placed.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,12 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
+from plmcc import question_answering, token_classification
 from plmcc.data import Rows, check_class_labels
 from plmcc.diagnostics import error
 
@@ -27,6 +32,8 @@ _AUTO = {
     "fill-mask": "AutoModelForMaskedLM",
     "text-generation": "AutoModelForCausalLM",
     "translation": "AutoModelForSeq2SeqLM",
+    question_answering.TASK: "AutoModelForQuestionAnswering",
+    token_classification.TASK: "AutoModelForTokenClassification",
 }
 _HEADS = {
     "ForSequenceClassification": "text-classification",
@@ -36,11 +43,21 @@ _HEADS = {
     "ForConditionalGeneration": "translation",
     "MTModel": "translation",
 }
+# Endings would name models that read pictures too.
+_CLASSES = dict.fromkeys(
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(), question_answering.TASK
+) | dict.fromkeys(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(), token_classification.TASK)
+WINDOWED = (question_answering.TASK, token_classification.TASK)
+"""Tasks whose labels are places in a text, and whose texts are read in windows."""
+LABELS = ("labels", "start_positions", "end_positions")
+"""What a batch holds for the task's own loss."""
 
 
 def task_of(architecture: str, folder: Path | None = None) -> str:
     """Return the task that a checkpoint was made for, by its architecture; a sentence encoder has a
     modules.json."""
+    if architecture in _CLASSES:
+        return _CLASSES[architecture]
     for ending, task in _HEADS.items():
         if architecture.endswith(ending):
             return task
@@ -111,14 +128,20 @@ def encode(
     max_length: int,
     classes: int,
     names: Mapping[str, Any] | None = None,
+    stride: int | None = None,
 ) -> Dataset:
-    """Turn rows into model inputs, with `labels` where the task has its own loss.
+    """Turn rows into model inputs, with `labels` (or the positions of answers) where the task has
+    its own loss.
 
     A labelled pair of a similarity task becomes `input_ids` and `other_ids` with a label in 0..1
     (scaled by the largest and smallest label); without labels, the two texts of a pair are separate
     rows.
     """
     tokenize = _Tokenize(tokenizer, max_length)
+    if task == question_answering.TASK:
+        return question_answering.encode_questions(rows, tokenizer, max_length, stride)
+    if task == token_classification.TASK:
+        return token_classification.encode_sentences(rows, tokenizer, max_length, names or {})
     if task == "translation":
         return _translations(rows, tokenize)
     if task == "text-classification":
@@ -191,6 +214,10 @@ def collator(
     if tokenizer is None:
         return _stack
     tokenizer = padding(tokenizer)
+    if task in WINDOWED:  # positions count from the left
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.padding_side = "right"
+        return transformers.DataCollatorForTokenClassification(tokenizer)
     if task in ("fill-mask", "text-generation"):
         make = transformers.DataCollatorForLanguageModeling
         return make(tokenizer, mlm=task == "fill-mask")

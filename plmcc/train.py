@@ -31,7 +31,7 @@ from plmcc.distill import Distillation
 from plmcc.recipe import Train
 from plmcc.rewrite import Replacement
 from plmcc.schedule import Average, TokenBatches
-from plmcc.tasks import Pooling, last_states, similarity_loss
+from plmcc.tasks import LABELS, Pooling, last_states, similarity_loss
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def check_lesson(settings: Train, lesson: Lesson) -> None:
     """
     _check_dropout(settings)
     _check_smoothing(settings, lesson)
-    has_labels = "labels" in lesson.train.column_names
+    has_labels = any(name in lesson.train.column_names for name in LABELS)
     makes_labels = lesson.task in ("fill-mask", "text-generation")
     if lesson.task == "translation" and not has_labels:
         if settings.distill is None or settings.distill.sequence is None:
@@ -165,7 +165,8 @@ def _check_dropout(settings: Train) -> None:
 
 
 def _check_smoothing(settings: Train, lesson: Lesson) -> None:
-    classes = lesson.task not in ("sentence-similarity", "feature-extraction")
+    unlike = ("sentence-similarity", "feature-extraction", "question-answering")
+    classes = lesson.task not in unlike
     if settings.arguments.get("label_smoothing_factor") and not classes:
         message = f"{lesson.task} has no classes or tokens whose labels could be smoothed"
         cure = "remove `label_smoothing_factor`"

@@ -38,8 +38,9 @@ def extra(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        cure = f"pip install {name}, or plmcc with the extra `eval`"
-        raise error("PLM303", f"this figure needs {name}", "evaluate", cure=cure) from None
+        package = name.partition(".")[0]
+        cure = f"pip install {package}, or plmcc with the extra `eval`"
+        raise error("PLM303", f"this figure needs {package}", "evaluate", cure=cure) from None
 
 
 @torch.no_grad()
