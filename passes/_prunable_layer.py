@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plmcc.api import Hard, Objective, Soft
+from plmcc.api import Bars, Hard, Objective, Points, Soft
 from plmcc.diagnostics import error
 from plmcc.passes._compact import Compacted, Matrix, even_groups, figures, whole, without_empty
 from plmcc.passes._masked import Masked, Rules, Unit
+from plmcc.passes._pictures import Learned, pictures
 from plmcc.passes._prunable import Attention, Parts, matrix
 from plmcc.program import Program
 
@@ -61,6 +62,10 @@ class Pruning(Objective):
         terms = [unit.penalty() for unit in self.soft.units()]
         return torch.stack(terms).sum() * (weight / len(self.rules.units))
 
+    def figures(self) -> dict[str, float]:
+        """Return the part of weights that the masks now leave out."""
+        return {"sparsity": 1 - self.soft.density()}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the scores, never decayed: those that no gradient reaches must stay."""
         scores = [unit.scores for unit in self.soft.units() if unit.scores is not None]
@@ -85,6 +90,7 @@ class PrunableLayer(Soft):
         self._others = sum(p.numel() for p in layer.parameters() if id(p) not in known)
         self.inside = nn.ModuleList(inside.values())
         self._facts: dict[str, float] = {}
+        self._pictures: list[Bars | Points] = []
         self._record: Callable[[], list[dict[str, Any]]] | None = None
         self.price: Callable[[Compacted], float] | None = None
         """What the layer costs in seconds, where that is what is aimed at."""
@@ -123,6 +129,22 @@ class PrunableLayer(Soft):
         """Return the score tensors of this layer."""
         return [m.unit for m in self.inside if isinstance(m, Masked) and "unit" in m._modules]
 
+    def _learned(self) -> dict[str, Learned]:
+        """Return the scores of one matrix of each score tensor."""
+        pairs = zip(self.names, self.inside, strict=True)
+        owners = [(n, m) for n, m in pairs if isinstance(m, Masked) and "unit" in m._modules]
+        return {
+            name: Learned(linear.spread(linear.unit.scores.detach()), linear.matrix().detach())
+            for name, linear in owners
+            if linear.unit.scores is not None
+        }
+
+    @torch.no_grad()
+    def density(self) -> float:
+        """Return the part of the masked weights that is not zero now."""
+        now = [m.effective(settled=False) for m in self.inside if isinstance(m, Masked)]
+        return sum(int((w != 0).sum()) for w in now) / sum(w.numel() for w in now)
+
     def rewrite(self, program: Program, path: str) -> None:
         """Put the linears into the layer."""
         layer = program.model.get_submodule(path)
@@ -134,6 +156,7 @@ class PrunableLayer(Soft):
         """Multiply masks into weights, remove what is empty, and store the rest as asked."""
         matrices, small = self._compacted()
         self._facts = figures(self.parts, matrices, small)
+        self._pictures = pictures(self.parts, matrices, small, self._learned())
         if self._record is not None:
             self._facts["even_heads_gap"] = self._gap()
         if self.price is not None:
@@ -168,6 +191,10 @@ class PrunableLayer(Soft):
     def facts(self) -> dict[str, float]:
         """Return what is left, after hardening."""
         return self._facts
+
+    def pictures(self) -> list[Bars | Points]:
+        """Return what is left by layer and by matrix, and learned scores beside weights."""
+        return self._pictures
 
 
 def _output(result: Any) -> Tensor:

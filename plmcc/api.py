@@ -1,4 +1,4 @@
-"""All that the author of a pass needs: Pass, Site, Miss, Soft, Hard, Objective.
+"""All that the author of a pass needs: Pass, Site, Miss, Soft, Hard, Objective, Bars, Points.
 
 A pass is one file in `passes/`. `match` finds sites in a `Program`, `replace` turns a site into a
 `Soft` module that can be trained, `Soft.harden` turns that into the `Hard` module that is saved and
@@ -18,7 +18,7 @@ from plmcc.options import Pass
 if TYPE_CHECKING:
     from plmcc.program import Program
 
-__all__ = ["Hard", "Layout", "Miss", "Objective", "Pass", "Site", "Soft"]
+__all__ = ["Bars", "Hard", "Layout", "Miss", "Objective", "Pass", "Points", "Site", "Soft"]
 
 Layout = dict[str, int | float | bool | str | list[int] | list[str] | None]
 
@@ -57,6 +57,29 @@ class Miss:
 
     path: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Values of a site for a chart in the report: those of one title stand side by side, site by
+    site."""
+
+    title: str
+    values: dict[str, float]
+    """By the name that the legend has for them."""
+    y: str = ""
+    """What the values are."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Pairs of numbers of a site for a chart of its own in the report, a thousand or so at most."""
+
+    title: str
+    series: dict[str, list[tuple[float, float]]]
+    """By the name that the legend has for them."""
+    x: str = ""
+    y: str = ""
 
 
 class Hard(nn.Module):
@@ -101,6 +124,10 @@ class Soft(nn.Module):
         numbers."""
         return {}
 
+    def pictures(self) -> list[Bars | Points]:
+        """Return data to draw in the report, after hardening."""
+        return []
+
 
 class Objective:
     """What a site adds to training: a loss, its own parameter groups, and a clock."""
@@ -120,6 +147,10 @@ class Objective:
     def loss(self, batch: dict[str, Tensor], output: Any, teacher: Any | None) -> Tensor | None:
         """Return a scalar to add to the training loss, or None."""
         return None
+
+    def figures(self) -> dict[str, float]:
+        """Return what is logged beside the loss, and drawn over the steps: the mean over sites."""
+        return {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return optimiser groups (`params`, `lr`, `weight_decay`) for parameters with settings of

@@ -20,6 +20,7 @@ from plmcc.evaluate import Evaluator
 from plmcc.generate import translates
 from plmcc.lessons import evaluation_rows, head_shown, lesson_of, with_teacher
 from plmcc.output import free, write
+from plmcc.pictures import Pictured
 from plmcc.probes import probe_inputs
 from plmcc.recipe import Evaluate, Recipe, Scratch, Stage, Train
 from plmcc.scratch import new_source
@@ -48,6 +49,7 @@ class Result:
     bytes_after: dict[str, int] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
+    pictures: list[Pictured] = field(default_factory=list)
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reload_difference: float = 0.0
@@ -244,6 +246,9 @@ def _stage(
     _check_equal(soft, hard, allowed, f"stage {stage.name}: hardening")
     check_cache(model, inputs)
     result.records += records
+    result.pictures += [
+        Pictured(stage.name, d.site.path, picture) for d in done for picture in d.soft.pictures()
+    ]
     result.sites += [
         {"pass": d.name, "paths": list(d.site.paths), "figures": d.soft.facts(), "layout": r.layout}
         for d, r in zip(done, records, strict=True)

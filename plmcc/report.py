@@ -14,6 +14,7 @@ from rich.table import Table
 
 from plmcc import catalog
 from plmcc.data import data_files
+from plmcc.page import page
 from plmcc.recipe import Recipe, Scratch, TrainTokenizer
 from plmcc.size import file_bytes
 from plmcc.source import Source, file_digest, folder_digests, write_json
@@ -68,11 +69,13 @@ def report(recipe: Recipe, source: Source, result: Result) -> dict[str, Any]:
 
 
 def write_documents(recipe: Recipe, source: Source, result: Result, folder: Path) -> None:
-    """Write recipe.yaml, report.json, plmcc.lock.json and the model card."""
+    """Write recipe.yaml, report.json, report.html, plmcc.lock.json and the model card."""
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(
         folder / "report.json", report(recipe, source, result) | {"file_bytes": file_bytes(folder)}
     )
+    found = page(report(recipe, source, result), result.pictures)
+    (folder / "report.html").write_text(found, encoding="utf-8")
     (folder / "README.md").write_text(model_card(recipe, source, result), encoding="utf-8")
     write_json(folder / "plmcc.lock.json", lock(recipe, source, folder))
 
@@ -161,7 +164,10 @@ def model_card(recipe: Recipe, source: Source, result: Result) -> str:
             for m in result.metrics
         ]
         lines += [""]
-    lines += ["The recipe is in `recipe.yaml`, everything measured in `report.json`."]
+    lines += [
+        "The recipe is in `recipe.yaml`; everything measured is in `report.json`, and in "
+        "`report.html` to look at."
+    ]
     return "\n".join(lines) + "\n"
 
 

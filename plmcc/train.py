@@ -339,6 +339,15 @@ class _Trainer(Trainer):
         flat = logits.float().flatten(0, -2)
         return F.cross_entropy(flat, labels.flatten(), label_smoothing=smoothing)
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the objectives' figures beside the loss."""
+        if "loss" in logs:
+            found = [objective.figures() for objective in self.objectives]
+            for name in {name: None for figures in found for name in figures}:
+                values = [figures[name] for figures in found if name in figures]
+                logs[name] = sum(values) / len(values)
+        super().log(logs, *args, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return batches by tokens where asked, else the usual ones."""
         if self.settings.tokens_per_batch is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,13 @@ def test_entities_need_names_in_the_form_of_bio() -> None:
     text = refused(entity_f1, [[0]], [[0]], {"LABEL_0": 0, "LABEL_1": 1})
     assert "LABEL_0" in text
     assert "use `accuracy`" in text
+
+
+def test_without_seqeval_one_line_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
+    text = refused(entity_f1, [[0]], [[0]], NAMES)
+    assert "this figure needs seqeval" in text
+    assert "pip install seqeval" in text
 
 
 def test_a_metric_of_another_task_is_refused_first(data: Path) -> None:
