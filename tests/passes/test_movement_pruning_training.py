@@ -128,7 +128,12 @@ def test_m10_embeddings_can_stay_as_they_are() -> None:
 
 
 LOCAL = [("magnitude", "local"), ("movement", "local")]
-WIDE = [("magnitude", "global"), ("movement", "global"), ("soft_movement", "local"), ("l0", "local")]
+WIDE = [
+    ("magnitude", "global"),
+    ("movement", "global"),
+    ("soft_movement", "local"),
+    ("l0", "local"),
+]
 
 
 @pytest.mark.parametrize(("method", "scope"), LOCAL + WIDE)
