@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from plmcc.beams import shares_keys
 from plmcc.programs import Encode, Step, recorded
+from plmcc.replay import Run, load
 
 # Freezing packs the weights of linear layers for oneDNN. On 2 cores of an EPYC 9004, the linear
 # layers of a step took 2.0 ms so and 2.9 ms through MKL at one row, 2.2 and 4.4 ms at four.
@@ -34,8 +35,8 @@ class CompiledPrograms:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._encode: Any = None
-        self._steps: dict[int, Any] = {}
+        self._encode: Run | None = None
+        self._steps: dict[int, Run] = {}
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
@@ -46,16 +47,14 @@ class CompiledPrograms:
         """Read the source."""
         if self._encode is None:
             self._encode = _compiled(lambda: encode_program(self.model))
-        outputs: list[Tensor] = self._encode.boxed_run([source_BS, mask_BS])
-        return outputs
+        return self._encode([source_BS, mask_BS])
 
     def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
         """Read one target token in each beam."""
         size = room_for(candidates)
         if size not in self._steps:
-            self._steps[size] = _compiled(lambda: step_program(self.model, size))
-        outputs: list[Tensor] = self._steps[size].boxed_run(inputs)
-        return outputs
+            self._steps[size] = _compiled(lambda: step_program(self.model, size), True)
+        return self._steps[size](inputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPrograms:
         # A copy of the model may be changed: it compiles programs of its own.
@@ -153,10 +152,9 @@ def _pruned(traced: ExportedProgram) -> ExportedProgram:
     return traced
 
 
-def _compiled(make: Callable[[], Program]) -> Any:
+def _compiled(make: Callable[[], Program], replayed: bool = False) -> Run:
     # Quantised weights (tensor subclasses) cannot be traced in the inference mode of the caller.
     with torch.inference_mode(False), TemporaryDirectory(prefix="plmcc-") as folder:
-        file = Path(folder) / "program.pt2"
-        package(make(), file)
-        # The callable that torch puts around the loader parses its signature in every call.
-        return torch._inductor.aoti_load_package(str(file)).loader
+        file, program = Path(folder) / "program.pt2", make()
+        package(program, file)
+        return load(file, program[1][0].device.type, replayed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plmcc.diagnostics import PlmccError, error
+from plmcc.replay import Run, load
 from plmcc.runtime import translate
 from plmcc.search import Search
 
@@ -100,8 +101,12 @@ class Exported:
         self.manifest = Manifest.read(folder)
         self.manifest.check(folder)
         self.search = Search(**{**self.manifest.search, "eos": tuple(self.manifest.search["eos"])})
-        self._encode = _load(folder / "encode.pt2")
-        self._steps = {size: _load(folder / f"step-{size}.pt2") for size in self.manifest.steps}
+        device = self.manifest.device
+        self._encode = _load(folder / "encode.pt2", device, replayed=False)
+        self._steps = {
+            size: _load(folder / f"step-{size}.pt2", device, replayed=True)
+            for size in self.manifest.steps
+        }
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -110,14 +115,12 @@ class Exported:
 
     def encode(self, source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
         """Read the source (`plmcc.runtime.Programs`)."""
-        outputs: list[Tensor] = self._encode.boxed_run([source_BS, mask_BS])
-        return outputs
+        return self._encode([source_BS, mask_BS])
 
     def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
         """Read one target token in each beam (`plmcc.runtime.Programs`)."""
         size = candidates if candidates == 1 else min(s for s in self._steps if s >= candidates)
-        outputs: list[Tensor] = self._steps[size].boxed_run(inputs)
-        return outputs
+        return self._steps[size](inputs)
 
     def generate(
         self,
@@ -172,13 +175,12 @@ class Exported:
             raise error("PLM502", message, cure="export the model with that --beam")
 
 
-def _load(file: Path) -> Any:
+def _load(file: Path, device: str, replayed: bool) -> Run:
     if not file.is_file():
         cure = "export the model again"
         raise error("PLM402", "a program of the export is missing", str(file), cure=cure)
     try:
-        # The callable that torch puts around the loader parses its signature in every call.
-        return torch._inductor.aoti_load_package(str(file)).loader
+        return load(file, device, replayed)
     except RuntimeError as problem:
         raise _broken(file, problem) from None
 

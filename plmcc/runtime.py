@@ -17,8 +17,9 @@ from torch.nn import functional
 from plmcc.search import Search, search_tokens
 
 # Room in the self-attention cache, in tokens; when it is full it grows by as much, or by a quarter.
-# Attention reads all of it, so that a large cache costs time, and growing copies it.
-_ROOM = 8
+# Attention reads all of it, so that a large cache costs time, and growing copies it. On a GPU what
+# costs time is launching, and a cache that has grown elsewhere means another CUDA graph.
+_ROOM, _ROOM_CUDA = 8, 32
 # Tokens of padding that cost as much as another call of the encoder, roughly.
 _CALL = 64
 
@@ -137,7 +138,8 @@ class Decoder:
         self.own = [cache.index_select(0, index_A) for cache in self.own]
 
     def _grow(self) -> None:
-        room = min(self.length + max(_ROOM, self.length // 4), max(self.limit, 2))
+        least = _ROOM_CUDA if self.mask.is_cuda else _ROOM
+        room = min(self.length + max(least, self.length // 4), max(self.limit, 2))
         more = (0, room - self.length)
         self.slots_ANT = functional.pad(self.slots_ANT, more, value=-1)
         if not self.own:

@@ -22,6 +22,7 @@ from plmcc.diagnostics import PlmccError
 from plmcc.export import export_model
 from plmcc.generate import Generate
 from plmcc.programs import Encode, Step, best
+from plmcc.replay import Replayed
 
 NAMES = ("marian", "bart", "mbart", "t5", "t5_gated")
 
@@ -279,3 +280,65 @@ def test_a_model_that_has_no_programs_is_left_to_transformers(
     with pytest.raises(PlmccError, match="cannot be exported: its attention or cache is its own"):
         export_model(model, None, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- CUDA graphs
+
+
+class Graphed(Uncompiled):
+    """Steps that are replayed, by Python in the place of a CUDA graph."""
+
+    def __init__(self, model: PreTrainedModel, capturable: bool = True) -> None:
+        super().__init__(model)
+        self.captures, self.capturable = 0, capturable
+        self.replayed: dict[int, Replayed] = {}
+
+    def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
+        def run(given: list[Tensor]) -> list[Tensor]:
+            return Uncompiled.step(self, candidates, given)
+
+        if candidates not in self.replayed:
+            self.replayed[candidates] = Replayed(run, self.capture)
+        return self.replayed[candidates](inputs)
+
+    def capture(self, run: Any, inputs: list[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
+        if not self.capturable:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        self.captures += 1
+        outputs: list[Tensor] = []
+
+        def replay() -> None:  # reads and writes where the graph would: nothing else is given
+            found = run(list(inputs))
+            for old, new in zip(outputs, found, strict=False):
+                old.copy_(new)
+            outputs[len(outputs) :] = found[len(outputs) :]
+
+        return replay, outputs
+
+
+@pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 3}])
+def test_steps_are_replayed_while_the_caches_stay_in_place(search: dict[str, Any]) -> None:
+    model = varied("marian")
+    programs = Graphed(model)
+    same(model, Generate(model, programs), prompt("marian"), max_new_tokens=30, **search)
+    # One more of them only where the cache has grown or sentences have ended.
+    assert 0 < programs.captures < programs.steps / 3
+
+
+def test_what_cannot_be_captured_runs_without_graphs() -> None:
+    model = varied("marian")
+    programs = Graphed(model, capturable=False)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted when st"):
+        same(model, Generate(model, programs), prompt("marian"), max_new_tokens=12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 3}])
+def test_cuda_graphs_write_the_tokens_of_generate(search: dict[str, Any]) -> None:
+    model = varied("marian").to("cuda")
+    given = {name: value.to("cuda") for name, value in prompt("marian").items()}
+    programs = CompiledPrograms(model)
+    same(model, Generate(model, programs), given, max_new_tokens=30, **search)
+    graphs = [step for step in programs._steps.values() if isinstance(step, Replayed)]
+    assert graphs
+    assert all(step._replay is not None for step in graphs)
