@@ -84,6 +84,9 @@ def test_the_artifact_is_complete_and_smaller(artifact: Path) -> None:
     assert expected | {"plmcc.lock.json", "report.json", "modules.json", "1_Pooling"} <= names
     assert file_bytes(artifact) < 0.55 * file_bytes(MINILM)
     report = json.loads((artifact / "report.json").read_text())
+    # What was rewritten is counted under its own name, before as after.
+    assert report["bytes_before"].keys() == report["bytes_after"].keys()
+    assert min(report["bytes_before"].values()) > 0
     assert sum(report["bytes_after"].values()) < file_bytes(artifact) < 45e6
     assert report["metrics"][0]["before"] == pytest.approx(100, abs=1e-3)
     assert plmcc.load_recipe(artifact / "recipe.yaml").name == "minilm"
