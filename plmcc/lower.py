@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, PreTrainedModel
 
 from plmcc.artifact import METHOD
@@ -60,6 +63,9 @@ def compile(
     their own. A program is compiled when it is first
     needed, for all batch sizes and lengths; it keeps the weights of that moment.
 
+    On GPUs with kernels for 2:4 sparsity (compute capability 8.0 and above), linear layers in half
+    precision of which two of every four weights are zero run through them.
+
     Args:
         model: a model, or the directory of an artifact.
         dynamic: compile the forward pass once for any batch size and length.
@@ -71,8 +77,33 @@ def compile(
     if isinstance(model, (str, Path)):
         model = load(model)
     model.eval()
+    _use_sparse_kernels(model)
     model.compile(dynamic=dynamic, **options)
     if compilable(model):
         generator: Any = Generate(model, CompiledPrograms(model))
         model.generate = generator
     return model
+
+
+@torch.no_grad()
+def _use_sparse_kernels(model: nn.Module) -> None:
+    """Store the weights of linear layers that have the pattern as torch's semi-structured ones."""
+    for module in model.modules():
+        if type(module) is nn.Linear and _has_kernel(module.weight) and two_of_four(module.weight):
+            sparse = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+            module.weight = nn.Parameter(sparse, requires_grad=False)
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    if not weight.is_cuda or weight.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    # Whole tiles of the kernels in half precision.
+    whole = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0
+    return whole and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
+def two_of_four(weight_OI: Tensor) -> bool:
+    """Return whether at most two of every four neighbouring weights of a row are not zero."""
+    if weight_OI.shape[1] % 4:
+        return False
+    return bool((functional.avg_pool1d((weight_OI != 0).float(), 4) <= 0.5).all())

@@ -335,7 +335,8 @@ def test_what_cannot_be_captured_runs_without_graphs() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 3}])
 def test_cuda_graphs_write_the_tokens_of_generate(search: dict[str, Any]) -> None:
-    model = varied("marian").to("cuda")
+    model: Any = varied("marian")
+    model.cuda()
     given = {name: value.to("cuda") for name, value in prompt("marian").items()}
     programs = CompiledPrograms(model)
     same(model, Generate(model, programs), given, max_new_tokens=30, **search)
