@@ -26,6 +26,7 @@ from plmcc.passes._scores import (
     top,
     two_of_four,
 )
+from plmcc.passes._sensitivity import Sensitivity
 from plmcc.passes._storage import rounded
 from plmcc.passes._target import Aim
 
@@ -59,6 +60,8 @@ class Rules:
     steps: int = 0
     left: float = 0.0
     aim: Aim | None = None
+    sensitivity: Sensitivity | None = None
+    """What scores begin with when the warm-up is over; None once they have."""
     pressure: Pressure = field(default_factory=Pressure)
     units: list[Unit] = field(default_factory=list, repr=False)
     _aimed: tuple[object, ...] = ()
@@ -89,6 +92,9 @@ class Rules:
         ahead = min(1.0, progress + (1 / self.steps if self.steps else 0.0))
         self.left = left(ahead, *self.fractions()) if progress < 1 else 0.0
         training = progress < 1
+        if training and self.left < 1 and self.sensitivity is not None:
+            self.sensitivity.begin()
+            self.sensitivity = None
         for unit in self.units:
             unit.draw(training and self.method == "l0")
         turn = self._ticks % max(1, self.steps // _PRESSED) == 0
@@ -168,6 +174,8 @@ class Unit(nn.Module):
         if rules.method != "magnitude":
             start = L0_START if rules.method == "l0" else 0.0
             self.scores = nn.Parameter(torch.full(shape, start, device=device))
+            if rules.sensitivity is not None:
+                rules.sensitivity.watch(self, lambda: rules.left == 1.0)
         rules.units.append(self)
 
     def draw(self, wanted: bool) -> None:

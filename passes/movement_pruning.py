@@ -31,6 +31,7 @@ from plmcc.passes._prunable_layer import PrunableLayer, Pruning
 from plmcc.passes._pruned_layer import empty, resize, store
 from plmcc.passes._refill import refill
 from plmcc.passes._scores import kept_of
+from plmcc.passes._sensitivity import Sensitivity
 from plmcc.program import Program
 
 Size = Annotated[int, Field(ge=1, le=4096)]
@@ -127,6 +128,9 @@ class MovementPruning(Pass):
     """How long nothing is pruned: a fraction of the stage, or from 1 on, optimiser steps."""
     cooldown: float = Field(0.2, ge=0)
     """How long the final density holds at the end: a fraction, or from 1 on, steps."""
+    initialisation: Literal["constant", "sensitivity"] = "constant"
+    """Movement: scores begin equal, as in the paper, or, when the warm-up is over, with the ranks
+    of the squared gradients that their masks have had in it: better in short trainings."""
     score_learning_rate: float | None = Field(None, gt=0)
     """Of the scores; 0.01 by default, 0.1 for L0."""
     compact: bool = True
@@ -156,8 +160,8 @@ class MovementPruning(Pass):
             "target": masks and not fixed, "threshold": soft and free, "floor": soft and free,
             "penalty": soft or self.method == "l0",
             "score_learning_rate": self.method in ("movement", "soft_movement", "l0"),
-            "granularity": masks, "warmup": masks, "cooldown": masks, "seed": not masks,
-            "even_heads": masks and self.compact,
+            "initialisation": self.method == "movement", "granularity": masks, "warmup": masks,
+            "cooldown": masks, "seed": not masks, "even_heads": masks and self.compact,
         }  # fmt: skip
         for name, has_effect in used.items():
             if not has_effect and getattr(self, name) != fields[name].default:
@@ -170,6 +174,8 @@ class MovementPruning(Pass):
             raise ValueError(f"zeros save no operations: `flops` goes with {', '.join(_WHOLE)}")
         if self.target and self.target.latency:
             self._check_speed()
+        if self.initialisation == "sensitivity" and not self.warmup:
+            raise ValueError("`initialisation: sensitivity` looks at the warm-up: give `warmup`")
         if self.warmup < 1 and self.cooldown < 1 <= self.warmup + self.cooldown:
             raise ValueError("`warmup` and `cooldown` leave no time in which the density falls")
         return self
@@ -224,6 +230,7 @@ class MovementPruning(Pass):
             int8=self.storage == "int8_csr",
             warmup=self.warmup,
             cooldown=self.cooldown,
+            sensitivity=Sensitivity() if self.initialisation == "sensitivity" else None,
         )
 
     def _plans(self, parts: Parts) -> list[Plan]:

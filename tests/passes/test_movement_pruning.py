@@ -551,6 +551,8 @@ def test_frozen_and_tied_linears_are_refused() -> None:
         ({"target": {"flops": 0.5}}, "zeros save no operations"),
         ({"granularity": {"block": [4, 4], "hybrid": [4, 4]}}, "either `block` or `hybrid`"),
         ({"warmup": 0.6, "cooldown": 0.5}, "leave no time"),
+        ({"method": "l0", "initialisation": "sensitivity"}, "`initialisation` has no effect"),
+        ({"initialisation": "sensitivity", "warmup": 0}, "looks at the warm-up"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

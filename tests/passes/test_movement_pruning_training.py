@@ -203,6 +203,31 @@ def test_the_penalty_pushes_harder_while_the_density_is_too_high() -> None:
     assert pressure.factor < 200
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_sensitivities_of_the_warm_up_are_what_scores_begin_with(scope: str) -> None:
+    model = sized()
+    options = {"granularity": "structured", "density": 0.5, "initialisation": "sensitivity"}
+    done = replaced(model, scope=scope, score_learning_rate=1e-9, warmup=0.5, **options)
+    fishers: dict[int, torch.Tensor] = {}
+    rules = done[0].site.facts["rules"]
+    for unit in units(done):
+        assert unit.scores is not None
+        fishers[id(unit)] = torch.zeros(unit.shape)
+
+        def add(gradient: torch.Tensor, unit: Unit = unit) -> None:
+            if rules.left == 1:
+                fishers[id(unit)] += gradient**2 / unit.sizes()
+
+        unit.scores.register_hook(add)
+    train(model, settings(40), lesson(), done)
+    for unit in units(done):
+        assert unit.scores is not None
+        assert fishers[id(unit)].max() > 0
+        assert torch.equal(unit.scores.argsort(), fishers[id(unit)].argsort())
+    every = torch.cat([unit.scores.detach() for unit in units(done) if unit.scores is not None])
+    assert every.sort().values == pytest.approx(torch.linspace(-3, 3, len(every)), abs=1e-3)
+
+
 @pytest.mark.parametrize("aim", [0.7, 0.5, 0.3])
 def test_a_target_of_operations_is_met_by_the_flop_counter(aim: float) -> None:
     model, length = sized(layers=3), 24
