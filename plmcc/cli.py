@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from plmcc.diagnostics import PlmccError, error
+
+_INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 app = typer.Typer(
     name="plmcc",
@@ -181,17 +184,16 @@ def translate(
     ] = False,
 ) -> None:
     """Translate lines from a file or stdin to stdout."""
-    from plmcc.terminal import calm
-    from plmcc.translate import Options, load_translator, stream
+    name = "stdin" if file is None else str(file)
+    # Opened first: a missing file shows before a model is loaded.
+    with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as opened:
+        from plmcc.terminal import calm
+        from plmcc.translate import Options, load_translator, stream
 
-    calm()
-    options = Options(beam, batch, max_new_tokens, truncate)
-    translator = load_translator(model, device, compiled)
-    if file is None:
-        stream(translator, sys.stdin.buffer, "stdin", options, sys.stdout.buffer)
-    else:
-        with file.open("rb") as opened:
-            stream(translator, opened, str(file), options, sys.stdout.buffer)
+        calm()
+        options = Options(beam, batch, max_new_tokens, truncate)
+        translator = load_translator(model, device, compiled)
+        stream(translator, opened, name, options, sys.stdout.buffer)
 
 
 def main() -> None:
@@ -209,9 +211,10 @@ def main() -> None:
         sys.exit(1)
     except OSError as problem:
         _fail(f"{problem.filename or 'plmcc'}: error PLM501: {problem.strerror or problem}")
-    except KeyboardInterrupt:
-        typer.echo("stopped; nothing was written", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            typer.echo("stopped", err=True)
+        raise
 
 
 def _fail(text: str) -> None:
