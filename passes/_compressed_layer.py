@@ -136,6 +136,14 @@ def _refusal(graph_module: fx.GraphModule, branches: list[Branch]) -> str:
         unknown = [n for n in _arguments(graph_module, node) if n not in _KNOWN]
         if unknown:
             return f"its attention takes `{unknown[0]}`, which a merged one would not know"
+    taps = {tap for branch in branches for tap in branch.taps}
+    inside = {node for branch in branches for node in branch.nodes}
+    for node in graph_module.graph.nodes:
+        if node.target is fire_hooks and node not in taps:
+            seen: list[fx.Node] = []
+            fx.map_arg(node.args[2], seen.append)
+            if not inside.issuperset(seen):
+                return "its sub-layers hand on more than their states, as those of UMT5 do"
     return ""
 
 

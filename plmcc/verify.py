@@ -61,14 +61,20 @@ def check_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     Raises:
         PlmccError: the tokens differ.
     """
+    if not same_with_cache(model, inputs):
+        message = "generation with cache gives other tokens than without"
+        raise error("PLM402", message, f"model: {type(model).__name__}")
+
+
+@torch.no_grad()
+def same_with_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
+    """Return whether greedy generation gives the same tokens with and without cache."""
     if not model.can_generate():
-        return
+        return True
     prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _NEW_TOKENS}
     runs = [model.generate(**prompt, **options, use_cache=cache) for cache in (True, False)]  # type: ignore[operator]
-    if not torch.equal(*runs):
-        message = "generation with cache gives other tokens than without"
-        raise error("PLM402", message, f"model: {type(model).__name__}")
+    return torch.equal(*runs)
 
 
 def record(model: PreTrainedModel, folder: Path) -> None:

@@ -9,15 +9,26 @@ import pytest
 import torch
 from tiny import PAD, SEQ2SEQ, inputs, prompt, tiny
 from torch import Tensor, nn
-from transformers import MarianConfig, MBartConfig, MBartForConditionalGeneration, PreTrainedModel
+from transformers import (
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MarianConfig,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    PreTrainedModel,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 import plmcc
 from plmcc.api import Hard, Miss, Site
 from plmcc.passes import compressed_attention as module
 from plmcc.passes._compressed_layer import MODULE
 from plmcc.passes.compressed_attention import CompressedAttention, MergedAttention, SoftAttention
+from plmcc.probes import probe_inputs
 from plmcc.program import Program
 from plmcc.rewrite import harden_all, match, replace_all
+from plmcc.verify import same_with_cache
 
 OPTIONS = {"initialisation": "random"}
 _RANDOM = CompressedAttention(initialisation="random")
@@ -379,6 +390,28 @@ def test_models_without_cross_attention_are_refused_with_the_reason(name: str) -
     with pytest.raises(plmcc.PlmccError, match="no cross-attention") as caught:
         plmcc.Pipeline([CompressedAttention(targets="layers")])(tiny(name))
     assert "Traceback" not in caught.value.render()
+
+
+def test_sub_layers_that_hand_on_what_a_merged_one_lacks_are_refused() -> None:
+    config = UMT5Config(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=4
+    )
+    model = UMT5ForConditionalGeneration(config)
+    with pytest.raises(plmcc.PlmccError, match="hand on more than their states"):
+        plmcc.Pipeline([_RANDOM])(model)
+
+
+def test_a_cache_that_changed_the_originals_tokens_is_no_fault_of_the_pass() -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64, "pad_token_id": 0, "decoder_start_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = M2M100ForConditionalGeneration(M2M100Config(**sizes)).eval()
+    model.lm_head.weight = nn.Parameter(torch.randn(99, 32))  # or each token calls for itself
+    assert not same_with_cache(model, probe_inputs(model))  # the start token is padding
+    plmcc.Pipeline([_RANDOM])(model)
 
 
 def test_a_model_already_compressed_is_refused() -> None:
