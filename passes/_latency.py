@@ -27,6 +27,7 @@ from plmcc.passes._prunable import Attention, Network, Parts, matrix
 from plmcc.passes._pruned_layer import resize, store
 from plmcc.probes import probe_inputs
 from plmcc.program import Program
+from plmcc.programs import positions_of
 
 Clock = Callable[[], float]
 _HEADS = 16  # up to so many, every number of heads is timed
@@ -113,7 +114,7 @@ def _check(model: Any, length: int, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise error("PLM303", "there is no CUDA device to measure on", "target.device",
                     given=device, allowed="cpu")  # fmt: skip
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if positions is not None and length > positions:
         raise error("PLM303", "the model does not read texts as long as the target's",
                     "target.length", given=str(length), allowed=f"at most {positions}")  # fmt: skip

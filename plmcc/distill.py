@@ -152,5 +152,8 @@ def relative_error(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) ->
 
 
 def _depth(model: PreTrainedModel) -> int:
-    decoder = bool(model.config.is_encoder_decoder)
-    return int(model.config.get_text_config(decoder=decoder).num_hidden_layers)
+    """The layers of the stack that makes the output: T5's `num_hidden_layers` are the encoder's."""
+    if not model.config.is_encoder_decoder:
+        return int(model.config.get_text_config().num_hidden_layers)
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "num_decoder_layers", None) or config.num_hidden_layers)

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plmcc.compiled import cache_shapes, encode_program, package, room_for, step_program
 from plmcc.diagnostics import error
 from plmcc.exported import MANIFEST, Manifest
-from plmcc.generate import compilable, positions_of, search_of, translates
+from plmcc.generate import compilable, search_of, translates, vocabulary_of
+from plmcc.programs import positions_of
 from plmcc.quantize import quantize
 from plmcc.search import Search
 from plmcc.source import load_source, outside
@@ -104,7 +105,8 @@ def _write(
         cpu=torch.backends.cpu.get_cpu_capability(),
         shapes=[list(shape) for shape in cache_shapes(model)],
         steps=steps,
-        positions=positions_of(model),
+        positions=positions_of(model.config),
+        vocabulary=vocabulary_of(model),
         search=asdict(search),
     ).write(folder)
 
@@ -140,7 +142,7 @@ def default_search(model: PreTrainedModel) -> Search:
     if own.max_new_tokens is not None:
         config.max_length = own.max_new_tokens + 1
     elif own.max_length is None:
-        config.max_length = 1 + min(_LONGEST, positions_of(model) or _LONGEST)
+        config.max_length = 1 + min(_LONGEST, positions_of(model.config, "decoder") or _LONGEST)
     search = search_of(config)
     if search is None:
         message = "the generation config asks for what compiled programs do not do"

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from plmcc.diagnostics import PlmccError, error
 from plmcc.replay import Run, load
-from plmcc.runtime import translate
+from plmcc.runtime import in_range, translate
 from plmcc.search import Search
 
 MANIFEST = "plmcc_export.json"
-FORMAT = 2
+FORMAT = 3
 _CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
 
 
@@ -40,6 +40,8 @@ class Manifest:
     """How many candidates each `step-N.pt2` returns."""
     positions: int | None
     """How many tokens the model can read and write, if there is a limit."""
+    vocabulary: int
+    """How many tokens the model can read."""
     search: dict[str, Any]
     """The fields of `plmcc.search.Search`: what is searched for when nothing is asked."""
     format: int = FORMAT
@@ -146,7 +148,8 @@ class Exported:
             Token ids `[batch, length]` from the start token on: those of the model's `generate`.
 
         Raises:
-            PlmccError: too many tokens, or more beams than the export has programs for.
+            PlmccError: too many tokens, none or unknown ones, a mask of another shape, or more
+                beams than the export has programs for.
         """
         given: dict[str, Any] = {
             "num_beams": num_beams,
@@ -155,14 +158,39 @@ class Exported:
             "early_stopping": early_stopping,
         }
         search = replace(self.search, **{k: v for k, v in given.items() if v is not None})
-        self._check(input_ids.shape[1], search)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        self._check_ids(input_ids, attention_mask)
+        self._check(input_ids.shape[1], search)
         device = self.manifest.device
-        source, mask = input_ids.to(device), attention_mask.to(device, torch.long)
+        source, mask = (x.to(device, torch.long) for x in (input_ids, attention_mask))
         return translate(self, source, mask, search).to(input_ids.device)
 
+    def _check_ids(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Programs trust their inputs: one token out of range would end the process."""
+        size, masked = (list(x.shape) for x in (input_ids, attention_mask))
+        if len(size) != 2 or input_ids.dtype.is_floating_point:
+            given = f"{input_ids.dtype} {size}"
+            allowed = "whole numbers [batch, length]"
+            raise error("PLM302", "these are no token ids", given=given, allowed=allowed)
+        if masked != size:
+            message = "the mask has another shape than the token ids"
+            raise error("PLM302", message, given=str(masked), allowed=str(size))
+        vocabulary = self.manifest.vocabulary
+        if not in_range(input_ids, vocabulary):
+            given = f"{input_ids.min()} to {input_ids.max()}" if input_ids.numel() else "none"
+            message, allowed = "the model does not have these tokens", f"0 to {vocabulary - 1}"
+            cure = "use the tokenizer of the export"
+            raise error("PLM302", message, given=given, allowed=allowed, cure=cure)
+
     def _check(self, length: int, search: Search) -> None:
+        for option, asked in (
+            ("num_beams", search.num_beams),
+            ("max_new_tokens", search.max_length - 1),
+        ):
+            if asked < 1:
+                message = f"`{option}` is out of range"
+                raise error("PLM502", message, given=str(asked), allowed="at least 1")
         limit = self.manifest.positions
         for what, size in (("source", length), ("translation", search.max_length - 1)):
             if limit is not None and size > limit:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from plmcc.compiled import has_programs
-from plmcc.runtime import Programs, translate
+from plmcc.programs import positions_of
+from plmcc.runtime import Programs, in_range, translate
 from plmcc.search import Search
 
 # Fields of a generation config that `Search` knows, or that change nothing without sampling. Any
@@ -42,14 +43,15 @@ class Generate:
         source = settings.pop("input_ids", None) if inputs is None else inputs
         mask = settings.pop("attention_mask", None)
         search = None
-        if _is_batch(source) and set(settings) <= set(vars(GenerationConfig())):
+        if self._takes(source) and set(settings) <= set(vars(GenerationConfig())):
             search = self._search(generation_config, settings)
         if search is not None and not self._fits(source, mask, search):
             search = None
         if search is None:
             return self._fallback(inputs, generation_config, options)
-        mask = torch.ones_like(source) if mask is None else mask.long()
-        return translate(self.programs, source, mask, search).to(source.device)
+        ids = source.long()  # programs read memory as what they were compiled for
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        return translate(self.programs, ids, mask, search).to(source.device)
 
     def _fallback(
         self, inputs: Tensor | None, config: GenerationConfig | None, options: dict[str, Any]
@@ -58,6 +60,12 @@ class Generate:
         kind: Any = type(self.model)
         with torch.compiler.set_stance("force_eager"):
             return kind.generate(self.model, inputs, generation_config=config, **options)
+
+    def _takes(self, source: Any) -> bool:
+        """Whether this is a batch of token ids: a program ends the process at one out of range."""
+        if not isinstance(source, Tensor) or source.ndim != 2 or source.dtype.is_floating_point:
+            return False
+        return in_range(source, vocabulary_of(self.model))
 
     def _search(self, config: GenerationConfig | None, settings: dict[str, Any]) -> Search | None:
         """What the arguments ask for, or None when only transformers can do it."""
@@ -79,7 +87,7 @@ class Generate:
 
     def _fits(self, source_BS: Tensor, mask_BS: Tensor | None, search: Search) -> bool:
         """What does not fit is left to transformers, for its results or its error."""
-        limit = positions_of(self.model)
+        limit = positions_of(self.model.config)
         if limit is not None and max(source_BS.shape[1], search.max_length - 1) > limit:
             return False
         if mask_BS is None:
@@ -98,9 +106,10 @@ def compilable(model: PreTrainedModel) -> bool:
     return translates(model) and has_programs(model)
 
 
-def positions_of(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model can read and write, None if there is no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Return how many tokens a model can read."""
+    table: Any = model.get_input_embeddings()
+    return int(table.num_embeddings)
 
 
 def search_of(config: GenerationConfig) -> Search | None:
@@ -112,6 +121,8 @@ def search_of(config: GenerationConfig) -> Search | None:
             continue
         if value != defaults.get(name, False):
             return None
+    if config.num_beams < 1:
+        return None
     eos = config.eos_token_id
     eos = [eos] if isinstance(eos, int) else eos
     start = config.decoder_start_token_id
@@ -131,7 +142,3 @@ def search_of(config: GenerationConfig) -> Search | None:
         forced_bos=config.forced_bos_token_id,
         forced_eos=config.forced_eos_token_id,
     )
-
-
-def _is_batch(source: Any) -> bool:
-    return isinstance(source, Tensor) and source.ndim == 2 and not source.dtype.is_floating_point

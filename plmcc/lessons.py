@@ -13,6 +13,7 @@ from plmcc.data import SYNTHETIC, Rows, load_rows, synthetic_rows
 from plmcc.diagnostics import error
 from plmcc.distill import Distillation
 from plmcc.evaluate import check_metric
+from plmcc.programs import positions_of
 from plmcc.recipe import Data, Evaluate, Recipe, Stage, Synthetic, Train
 from plmcc.source import Source, load_source
 from plmcc.tasks import classes_of, collator, encode
@@ -38,13 +39,15 @@ def with_teacher(
     Distillation(source.model, teacher, distill, lesson.pooling, lesson.task)
     if distill.sequence is None:
         return replace(lesson, teacher=teacher)
-    positions = getattr(source.model.config, "max_position_embeddings", None)
-    longest = distill.sequence.max_new_tokens
-    if positions is not None and longest > positions:
-        raise error("PLM303", "the teacher's translations may be longer than the model can write",
-                    "train.distill.sequence.max_new_tokens", given=str(longest),
-                    allowed=f"at most {positions}")  # fmt: skip
-    return replace(lesson, teacher=teacher, train=taught(lesson.train, teacher, distill.sequence))
+    positions, sequence = positions_of(source.model.config, "decoder"), distill.sequence
+    if positions is not None and sequence.max_new_tokens > positions:
+        if "max_new_tokens" in sequence.model_fields_set:
+            message = "the teacher's translations may be longer than the model can write"
+            place = "train.distill.sequence.max_new_tokens"
+            given, allowed = str(sequence.max_new_tokens), f"at most {positions}"
+            raise error("PLM303", message, place, given=given, allowed=allowed)
+        sequence = sequence.model_copy(update={"max_new_tokens": positions})
+    return replace(lesson, teacher=teacher, train=taught(lesson.train, teacher, sequence))
 
 
 def _other_teacher(name: str, source: Source) -> PreTrainedModel:
@@ -131,7 +134,9 @@ def _check_architecture(source: Source, key: str) -> None:
     reads_text = source.model.main_input_name == "input_ids"
     if config.is_encoder_decoder != (source.task == "translation"):
         message = f"the task {source.task} does not fit this model"
-        raise error("PLM303", message, key, given=given, cure="set `task: auto`")
+        other = "name an encoder-decoder, such as Marian, BART or T5"
+        cure = "set `task: auto`" if config.is_encoder_decoder else other
+        raise error("PLM303", message, key, given=given, cure=cure)
     if config.is_encoder_decoder and not reads_text:
         message = "models that read something else than text can be rewritten, but not trained"
         raise error("PLM303", message, key, given=given, cure=f"remove `{key}`")

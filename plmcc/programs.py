@@ -117,6 +117,19 @@ def decoder_layers(model: PreTrainedModel) -> int:
     return int(config.num_hidden_layers)
 
 
+def positions_of(config: Any, part: str = "") -> int | None:
+    """Return how many tokens a model can read and write, None if there is no limit.
+
+    Args:
+        config: the model's.
+        part: only what "encoder" or "decoder" can, where a model has a limit for each (LED).
+    """
+    parts = [part] if part else ["encoder", "decoder"]
+    names = ["max_position_embeddings", *(f"max_{p}_position_embeddings" for p in parts)]
+    limits = [getattr(config, name, None) for name in names]
+    return min((limit for limit in limits if limit), default=None)
+
+
 def best(logits_V: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     """Return the `candidates` best tokens of each row: log probabilities and ids, best first.
 

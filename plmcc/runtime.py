@@ -38,6 +38,11 @@ class Programs(Protocol):
         """Read one target token in each beam and return at least `candidates` continuations."""
 
 
+def in_range(source_BS: Tensor, vocabulary: int) -> bool:
+    """Whether there are token ids, and all of them are in the vocabulary."""
+    return source_BS.numel() > 0 and bool(((source_BS >= 0) & (source_BS < vocabulary)).all())
+
+
 @torch.inference_mode()
 def translate(programs: Programs, source_BS: Tensor, mask_BS: Tensor, search: Search) -> Tensor:
     """Translate sentences.

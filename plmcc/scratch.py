@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from plmcc.data import data_files, load_rows
 from plmcc.diagnostics import did_you_mean, error, listing
+from plmcc.programs import positions_of
 from plmcc.recipe import Recipe, Scratch, TrainTokenizer
 from plmcc.source import Source, load_tokenizer
 from plmcc.tasks import auto_class, task_of
@@ -51,9 +52,7 @@ def new_source(recipe: Recipe, base: Path | None = None) -> Source:
     tokenizer, notes = _tokenizer(recipe, asked, base)
     config = _config(recipe, asked, kind, tokenizer)
     known = tokenizer.model_max_length
-    tokenizer.model_max_length = min(
-        known, getattr(config, "max_position_embeddings", None) or known
-    )
+    tokenizer.model_max_length = min(known, positions_of(config) or known)
     model, task = _model(recipe, config)
     name = f"a new {config.model_type}"
     return Source(model, task, name, tokenizer, notes=notes, scratch=True)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from plmcc.diagnostics import PlmccError, error, listing, nearest
+from plmcc.programs import positions_of
 from plmcc.tasks import Pooling, auto_class, task_of
 
 _WEIGHTS = (
@@ -76,7 +77,7 @@ class Source:
 
     def max_length(self, asked: int) -> int:
         """Return the largest number of tokens that was asked for and that the model can read."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = positions_of(self.model.config)
         known = self.tokenizer.model_max_length if self.tokenizer else asked
         return int(min(asked, known, positions or asked))
 
@@ -184,7 +185,10 @@ def _config(name: str | Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, HFValidationError, KeyError) as problem:
         cure = "name a directory with config.json and weights, or a hub id"
-        raise error("PLM401", f"this is no model: {_line(problem)}", str(name), cure=cure) from None
+        what = (
+            "this is no model" if Path(name).is_dir() else "no such directory, or model of the hub"
+        )
+        raise error("PLM401", f"{what}: {_line(problem)}", str(name), cure=cure) from None
     return config
 
 

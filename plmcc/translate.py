@@ -43,7 +43,7 @@ class Translator:
     tokenizer: PreTrainedTokenizerBase
     generate: Callable[..., Tensor]
     positions: int | None
-    """The longest source and translation, in tokens; None is any."""
+    """The longest source, in tokens; None is any."""
     max_new_tokens: int
     device: torch.device
 
@@ -120,8 +120,8 @@ def load_translator(name: str, device: str = "auto", compiled: bool = False) -> 
     if (Path(name) / MANIFEST).exists():
         return _exported(Path(name), device)
     from plmcc.export import check_translates, default_search
-    from plmcc.generate import positions_of
     from plmcc.lower import compile as lower
+    from plmcc.programs import positions_of
     from plmcc.source import load_source
 
     source = load_source(name)
@@ -135,7 +135,8 @@ def load_translator(name: str, device: str = "auto", compiled: bool = False) -> 
     longest = default_search(model).max_length - 1
     if compiled:
         lower(model)
-    return Translator(tokenizer, model.generate, positions_of(model), longest, model.device)
+    positions = positions_of(model.config, "encoder")
+    return Translator(tokenizer, model.generate, positions, longest, model.device)
 
 
 def _exported(folder: Path, device: str) -> Translator:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from plmcc.compiled import CompiledPrograms
 from plmcc.diagnostics import error
 from plmcc.generate import Generate, compilable
+from plmcc.programs import positions_of
 from plmcc.progress import Progress
 from plmcc.recipe import Sequences
 
@@ -65,7 +66,7 @@ def generated(
     """
     model.eval()
     generate: Any = model.generate
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config, "decoder")
     max_new_tokens = min(max_new_tokens, (positions or max_new_tokens + 1) - 1)
     config = model.generation_config
     ends = config.eos_token_id

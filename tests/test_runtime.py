@@ -162,6 +162,27 @@ def test_padding_without_a_mask_is_left_to_transformers() -> None:
     same(model, Generate(model, Uncompiled(model)), {"input_ids": ids}, max_new_tokens=5)
 
 
+@pytest.mark.filterwarnings("ignore:.*")
+def test_ids_of_any_whole_numbers_and_ids_out_of_range() -> None:
+    model = varied("bart")
+    programs = Uncompiled(model)
+    generate = Generate(model, programs)
+    narrow = {key: value.int() for key, value in prompt("bart").items()}
+    seen: list[torch.dtype] = []
+    encode = programs.encode
+    programs.encode = lambda ids, mask: seen.append(ids.dtype) or encode(ids, mask)  # type: ignore
+    same(model, generate, narrow, max_new_tokens=5)
+    assert set(seen) == {torch.long}
+    for wrong in (-1, VOCAB):  # compiled code would end the process
+        with pytest.raises(IndexError):
+            generate(torch.tensor([[5, wrong, 2]]), max_new_tokens=5)
+    with pytest.raises(ZeroDivisionError):  # transformers' own, as the next
+        generate(narrow["input_ids"], num_beams=0)
+    with pytest.raises(RuntimeError):
+        generate(torch.zeros(0, 4, dtype=torch.long), max_new_tokens=5)
+    assert len(seen) == 1
+
+
 def test_keys_and_values_of_other_widths() -> None:
     from plmcc import Pipeline
     from plmcc.passes.compressed_attention import CompressedAttention

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import tiny
 from transformers import AutoTokenizer
 from words import words
@@ -15,8 +17,10 @@ import plmcc
 from plmcc import catalog
 from plmcc.evaluate import Evaluator
 from plmcc.passes.compositional_codes import CompositionalCodes
-from plmcc.source import load_source
+from plmcc.programs import positions_of
+from plmcc.source import Source, load_source
 from plmcc.tasks import Pooling
+from plmcc.translation import generated
 
 CODES = CompositionalCodes(codebooks=4, codewords=8, rounds=0)
 ROWS = "\n".join(f"w{i} w{i + 1} w{(3 * i) % 90} w7,{i % 3}" for i in range(24))
@@ -75,6 +79,12 @@ def test_encoder_decoders_are_trained_on_translations_only(rows: Path, tmp_path:
     assert plmcc.apply(plmcc.Recipe(passes=[CODES]), model, tmp_path / "out").folder
     with pytest.raises(plmcc.PlmccError, match="have no translations"):
         plmcc.apply(plmcc.Recipe(passes=[CODES], train=train(rows)), model, tmp_path / "other")
+
+
+def test_translation_asks_for_an_encoder_decoder(rows: Path, tmp_path: Path) -> None:
+    recipe = plmcc.Recipe(task="translation", passes=[CODES], train=train(rows))
+    with pytest.raises(plmcc.PlmccError, match="help: name an encoder-decoder"):
+        plmcc.apply(recipe, saved("gpt2", tmp_path / "gpt2"), tmp_path / "out")
 
 
 def test_a_compressed_model_can_be_compressed_again(tmp_path: Path) -> None:
@@ -187,6 +197,33 @@ def test_a_wrong_path_is_refused_before_the_hub_is_asked(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(plmcc.PlmccError, match=f"PLM401(.|\n)*{cure}"):
         load_source(name)
+
+
+def test_a_name_of_nothing_is_no_question_of_connections_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(name: str) -> None:
+        raise OSError(f"cannot connect to load {name}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plmcc.source.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(plmcc.PlmccError, match="no such directory, or model of the hub: cannot"):
+        load_source("nowhere")
+
+
+def test_limits_of_encoder_and_decoder_may_differ() -> None:
+    sizes: dict[str, Any] = {
+        "d_model": 32, "vocab_size": 99, "attention_window": 8, "encoder_layers": 1,
+        "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_encoder_position_embeddings": 64,
+        "max_decoder_position_embeddings": 16,
+    }  # fmt: skip
+    config = transformers.LEDConfig(**sizes)
+    assert [positions_of(config, part) for part in ("encoder", "decoder", "")] == [64, 16, 16]
+    model = transformers.LEDForConditionalGeneration(config)
+    assert Source.of(model).max_length(128) == 16
+    model.generation_config.eos_token_id = 98
+    assert len(generated(model, [[5, 6, 7, 2]], 1, 100)[0]) == 15  # the start token is the first
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_before_rewriting(

@@ -127,6 +127,13 @@ def test_a_line_that_is_not_utf8(folder: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
+def test_a_file_that_is_missing_shows_before_a_model_is_loaded(tmp_path: Path) -> None:
+    done = plmcc("translate", tmp_path / "no-model", tmp_path / "no-file.txt")
+    assert done.returncode == 1
+    wanted = f"{tmp_path / 'no-file.txt'}: error PLM501: No such file or directory\n"
+    assert done.stderr.decode() == wanted
+
+
 def test_a_model_that_does_not_translate(tmp_path: Path) -> None:
     tiny("gpt2").save_pretrained(tmp_path)
     words().save_pretrained(tmp_path)
@@ -191,6 +198,7 @@ def test_an_export_takes_any_batch_and_length(folder: Path, exported: Path) -> N
         for option in options:
             wanted = model.generate(input_ids=ids, **option)
             assert torch.equal(programs.generate(ids, **option), wanted)
+            assert torch.equal(programs.generate(ids.int(), ids.ge(0), **option), wanted)
 
 
 def test_what_an_export_refuses(exported: Path, tmp_path: Path) -> None:
@@ -200,6 +208,12 @@ def test_what_an_export_refuses(exported: Path, tmp_path: Path) -> None:
         (lambda: programs.generate(ids), "the source is too long"),
         (lambda: programs.generate(ids[:, :4], max_new_tokens=49), "the translation is too long"),
         (lambda: programs.generate(ids[:, :4], num_beams=5), "no program for 5 beams"),
+        (lambda: programs.generate(ids[:, :4] + 94), "given: 99 to 99\n  allowed: 0 to 98"),
+        (lambda: programs.generate(ids[:0]), "given: none"),
+        (lambda: programs.generate(ids[:, :4], num_beams=0), "given: 0\n  allowed: at least 1"),
+        (lambda: programs.generate(ids[:, :4], max_new_tokens=0), "`max_new_tokens` is out of"),
+        (lambda: programs.generate(ids[0]), "these are no token ids"),
+        (lambda: programs.generate(ids[:, :4], ids), "the mask has another shape"),
         (lambda: Exported(tmp_path), "this is no export directory"),
         (lambda: load_translator(str(exported), "cuda"), "made for another device"),
     ]

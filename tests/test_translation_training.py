@@ -26,7 +26,7 @@ from plmcc.data import load_rows
 from plmcc.diagnostics import PlmccError
 from plmcc.distill import Distillation, relative_error
 from plmcc.evaluate import Evaluator
-from plmcc.lessons import check_end
+from plmcc.lessons import check_end, with_teacher
 from plmcc.recipe import Data, Distill, Recipe, Train, TrainTokenizer, parse_recipe
 from plmcc.schedule import Average, TokenBatches, points
 from plmcc.scratch import new_source, train_tokenizer
@@ -324,12 +324,15 @@ def test_word_level_distillation_is_the_divergence_at_real_targets() -> None:
     assert torch.allclose(found.loss(batch, output, theirs), expected, rtol=1e-4)
 
 
-def test_hidden_states_of_decoder_and_encoder_follow_the_teachers() -> None:
-    teacher = tiny("marian")
+@pytest.mark.parametrize("name", ["marian", "t5"])
+def test_hidden_states_of_decoder_and_encoder_follow_the_teachers(name: str) -> None:
+    teacher = tiny(name)
     model = copy.deepcopy(teacher)
     decoder: Any = model.get_decoder()
-    decoder.layers = decoder.layers[1:]
-    model.config.decoder_layers = 1
+    if name == "t5":
+        decoder.block, model.config.num_decoder_layers = decoder.block[:1], 1
+    else:
+        decoder.layers, model.config.decoder_layers = decoder.layers[1:], 1
     found = Distillation(model, teacher, Distill(hidden_states=1.0), Pooling(), "translation")
     assert found.layers == {0: 0, 1: 2}
     assert found.encoder_layers == {0: 0, 1: 1, 2: 2}
@@ -486,6 +489,20 @@ def test_tokenizers_that_do_not_end_sentences_are_refused() -> None:
     source.tokenizer.eos_token = "[CLS]"
     with pytest.raises(PlmccError, match="different tokens"):
         check_end(source)
+
+
+def test_a_teachers_translations_are_as_long_as_the_student_can_write(tmp_path: Path) -> None:
+    model = tiny("bart")  # 48 positions
+    rows = lesson(model, pairs(2))
+
+    def taught(**options: Any) -> Lesson:
+        sequence = {"num_beams": 1, "cache": str(tmp_path), **options}
+        distill = Distill.model_validate({"sequence": sequence})
+        return with_teacher(rows, settings({}, distill=distill), model, Source.of(model))
+
+    assert max(map(len, taught().train["labels"])) <= 48
+    with pytest.raises(PlmccError, match="allowed: at most 48"):
+        taught(max_new_tokens=49)
 
 
 def test_more_length_than_the_model_reads_is_said(texts: Path) -> None:
