@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from plmcc import artifact, question_answering, rewrite
+from plmcc import artifact, catalog, question_answering, rewrite
 from plmcc.api import Pass
 from plmcc.bench import Latency, measure
 from plmcc.data import Rows
@@ -138,6 +138,12 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     _check_lower(recipe, model)
     _check_trained(recipe)
     rows = evaluation_rows(recipe, source, base)
+    judged = rows and not source.scratch  # what random weights translate means nothing
+    prepares = any(_prepares(p) for stage in recipe.steps() for p in stage.passes)
+    before = (
+        _figures(recipe, source, rows, None, say, "the original") if judged and prepares else []
+    )
+    _prepare(recipe, source, base, result, say)
     taught = [stage for stage in recipe.steps() if stage.train]
     drafts = [(stage, lesson_of(stage, recipe, source, base)) for stage in taught]
     shown = {stage.name: _shown(lesson) for stage, lesson in drafts}
@@ -152,8 +158,8 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
         for stage, lesson in drafts
         if stage.train
     }
-    judged = rows and not source.scratch  # what random weights translate means nothing
-    before = _figures(recipe, source, rows, original, say, "the original") if judged else []
+    if judged and not prepares:
+        before = _figures(recipe, source, rows, original, say, "the original")
     for index, stage in enumerate(recipe.steps()):
         matched = matched if index == 0 else _matched(recipe, model, index, shown)
         _stage(stage, matched, lessons.get(stage.name), result, say)
@@ -177,6 +183,29 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
             lambda: measure(original, model, compiled=compiled), "latency", result
         )
     return result
+
+
+def _prepares(chosen: Pass) -> bool:
+    return type(chosen).prepare is not Pass.prepare
+
+
+def _prepare(recipe: Recipe, source: Source, base: Path | None, result: Result, say: Say) -> None:
+    """Let passes that change the tokenizer do so, before any data is encoded."""
+    places = [(n, i, p) for n, s in enumerate(recipe.steps()) for i, p in enumerate(s.passes)]
+    for number, index, chosen in places:
+        if _prepares(chosen) and number > 0:
+            message = "it changes what data is made of, which has been encoded by then"
+            place, given = recipe.pass_place(number, index), recipe.steps()[number].name
+            raise error("PLM303", message, place, given=given, cure="move it to the first stage")
+    for _, _, chosen in places:
+        if _prepares(chosen):
+            name = catalog.name_of(type(chosen))
+            say(f"{name}: looking at the text")
+            start = time.perf_counter()
+            figures = chosen.prepare(source, base) or {}
+            result.seconds[f"{name}.prepare"] = round(time.perf_counter() - start, 3)
+            record = {"pass": name, "paths": ["tokenizer"], "figures": figures, "layout": {}}
+            result.sites.append(record)
 
 
 def _check_lower(recipe: Recipe, model: PreTrainedModel) -> None:
@@ -207,11 +236,12 @@ def _matched(
     recipe: Recipe, model: PreTrainedModel, stage: int, shown: dict[str, list[dict[str, Any]]]
 ) -> rewrite.Matched:
     step = recipe.steps()[stage]
-    places = [recipe.pass_place(stage, index, "targets") for index in range(len(step.passes))]
+    chosen = [(i, p) for i, p in enumerate(step.passes) if not _prepares(p)]
+    places = [recipe.pass_place(stage, index, "targets") for index, _ in chosen]
     # A stage that only rewrites is shown the data of the next one that trains.
     names = [later.name for later in recipe.steps()[stage:]]
     batches = next((shown[name] for name in names if shown.get(name)), [])
-    return rewrite.match(model, step.passes, places, batches)
+    return rewrite.match(model, [p for _, p in chosen], places, batches)
 
 
 def _shown(lesson: Lesson) -> list[dict[str, Any]]:

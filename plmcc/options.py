@@ -7,6 +7,7 @@ to *describe* a pass stays apart from what is needed to *run* one (`plmcc.api`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from plmcc.api import Miss, Objective, Site, Soft
     from plmcc.program import Program
+    from plmcc.source import Source
 
 Preserves = Literal["exact", "within", "lossy"]
 
@@ -46,6 +48,14 @@ class Pass(BaseModel):
         """Return why a stage with this pass must have a `train` section, or nothing if it need
         not."""
         return ""
+
+    def prepare(self, source: Source, base: Path | None) -> dict[str, float] | None:
+        """Change model and tokenizer in place, before data is encoded and anything is matched.
+
+        Passes that do so have nothing to match; they stand in a recipe's first stage. `base` is
+        where relative paths may start. Returns what the report says, or None: nothing to prepare.
+        """
+        return None
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the sites this pass will rewrite, and for each one it refuses a `Miss` with the

@@ -87,6 +87,8 @@ def _put(draft: Path, target: Path) -> None:
 def save(source: Source, result: Result, folder: Path) -> None:
     """Write model, tokenizer, the model's other files and the probes into a folder."""
     result.model.save_pretrained(folder)
+    if source.retokenized and source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
     for file in source.other_files():
         assert source.folder is not None
         copy = folder / file.relative_to(source.folder)

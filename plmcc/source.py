@@ -38,6 +38,11 @@ _WEIGHTS = (
     "*.index.json",
 )
 
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "spiece.model",
+    "spm.model", "source.spm", "target.spm", "tokenizer.model", "generation_config.json",
+)  # fmt: skip
 _KEPT = (".json", ".txt", ".model", ".jinja")
 
 
@@ -56,6 +61,8 @@ class Source:
     """What the user should know of the loaded weights: new heads, unused tensors."""
     scratch: bool = False
     """Whether the weights are random: then nothing is compared with them."""
+    retokenized: bool = False
+    """Whether `tokenizer` is another than the one in `folder`."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Source:
@@ -94,7 +101,9 @@ class Source:
             return []
         weights = {file for pattern in _WEIGHTS for file in self.folder.rglob(pattern)}
         kept = (p for p in self.folder.rglob("*") if p.is_file() and p.suffix in _KEPT)
-        skipped = ("config.json", "plmcc.lock.json", "report.json")
+        skipped: tuple[str, ...] = ("config.json", "plmcc.lock.json", "report.json")
+        if self.retokenized:  # whatever holds the old vocabulary
+            skipped += _VOCABULARIES
         return sorted(
             p for p in kept
             if p not in weights and not (p.parent == self.folder and p.name in skipped)

@@ -1,0 +1,332 @@
+"""Vocabulary pruning: the same ids in new numbers, and the same outputs, for the text it kept."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+import plmcc
+from plmcc.diagnostics import PlmccError
+from plmcc.passes.prune_vocabulary import PruneVocabulary
+from plmcc.recipe import parse_recipe
+from plmcc.rewrite import match
+from plmcc.source import Source, load_source
+
+OPTIONS = {"text": "sentences.txt"}
+
+SENTENCES = Path(__file__).parents[2] / "examples/sentences.txt"
+LINES = SENTENCES.read_text(encoding="utf-8").splitlines()
+KEPT, DROPPED = LINES[:20], LINES[20:]
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+NAMES = list(SPECIAL.values())
+SIZE = 400
+
+
+def wordpiece() -> Tokenizer:
+    raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    raw.normalizer = normalizers.BertNormalizer(lowercase=True)
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.train_from_iterator(LINES, trainers.WordPieceTrainer(vocab_size=SIZE, special_tokens=NAMES))
+    raw.decoder = decoders.WordPiece()
+    return raw
+
+
+def byte_level() -> Tokenizer:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZE + 200, special_tokens=NAMES,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    raw.train_from_iterator(LINES, trainer)
+    raw.decoder = decoders.ByteLevel()
+    return raw
+
+
+def fallback() -> Tokenizer:
+    """As in Llama and Gemma: BPE over text in which spaces are written, and bytes to fall back
+    on."""
+    hexadecimal = [f"<0x{byte:02X}>" for byte in range(256)]
+    raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    raw.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=SIZE + 400, special_tokens=[*NAMES, *hexadecimal])
+    raw.train_from_iterator(LINES, trainer)
+    values = json.loads(raw.to_str())
+    values["added_tokens"] = values["added_tokens"][: len(NAMES)]  # bytes are ordinary tokens
+    raw = Tokenizer.from_str(json.dumps(values))
+    raw.decoder = decoders.ByteFallback()
+    return raw
+
+
+def unigram() -> Tokenizer:
+    raw = Tokenizer(models.Unigram())
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=SIZE, special_tokens=NAMES, unk_token="<unk>")
+    raw.train_from_iterator(LINES, trainer)
+    raw.decoder = decoders.Metaspace()
+    return raw
+
+
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "WordPiece": wordpiece, "byte-level BPE": byte_level, "BPE": fallback, "Unigram": unigram,
+}  # fmt: skip
+
+
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """A trained tokenizer with one added token after its vocabulary."""
+    raw = KINDS[kind]()
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(n, raw.token_to_id(n)) for n in ("<s>", "</s>")]
+    )
+    found = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=64, **SPECIAL)
+    found.add_tokens([AddedToken("<extra>", normalized=False)])
+    return found
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "intermediate_size": 32, "max_position_embeddings": 80}  # fmt: skip
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+        "max_position_embeddings": 80, "decoder_start_token_id": 0,
+        "scale_embedding": True}  # fmt: skip
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertForMaskedLM", "WordPiece", SMALL),
+    "albert": ("AlbertForMaskedLM", "Unigram", SMALL | {"embedding_size": 8}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", "Unigram", SMALL),
+    "roberta": ("RobertaForMaskedLM", "byte-level BPE", SMALL),
+    "gpt2": ("GPT2LMHeadModel", "byte-level BPE",
+             {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 80}),
+    "gemma": ("GemmaForCausalLM", "BPE", SMALL | {"head_dim": 8, "num_key_value_heads": 1}),
+    "llama": ("LlamaForCausalLM", "BPE", SMALL | {"tie_word_embeddings": False}),
+    "t5": ("T5ForConditionalGeneration", "Unigram",
+           {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2,
+            "decoder_start_token_id": 0}),
+    "marian": ("MarianMTModel", "Unigram", BART),
+}  # fmt: skip
+
+
+def source_of(name: str) -> Source:
+    kind, tokens, options = MODELS[name]
+    tokenizer = tokenizer_of(tokens)
+    cls: Any = getattr(hf, kind)
+    ids = {
+        f"{n}_id": getattr(tokenizer, f"{n}_id") for n in ("pad_token", "bos_token", "eos_token")
+    }
+    # More rows than tokens, as many models have.
+    config = cls.config_class(vocab_size=len(tokenizer) + 3, **ids, **options)
+    torch.manual_seed(0)
+    model: PreTrainedModel = cls(config)
+    model.train(False)
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                value.add_(torch.randn_like(value) * 0.1)
+    return Source(model, "fill-mask", name, tokenizer)
+
+
+def prune(source: Source, tmp_path: Path, lines: list[str] = KEPT, **options: Any) -> list[str]:
+    file = tmp_path / "kept.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    PruneVocabulary(text=str(file), **options).prepare(source, None)
+    return lines
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_is_cut_into_the_tokens_of_before(kind: str, tmp_path: Path) -> None:
+    source = source_of(next(name for name, value in MODELS.items() if value[1] == kind))
+    before = source.need_tokenizer("the test")
+    prune(source, tmp_path)
+    after = source.need_tokenizer("the test")
+    assert len(after) < len(before)
+    for line in KEPT:
+        assert after.tokenize(line) == before.tokenize(line)
+        ids = after(line)["input_ids"]
+        assert after.convert_ids_to_tokens(ids) == before.convert_ids_to_tokens(
+            before(line)["input_ids"]
+        )
+        assert after.decode(ids) == before.decode(before(line)["input_ids"])
+    for name in (*NAMES, "<extra>"):
+        assert after.convert_ids_to_tokens(after.convert_tokens_to_ids(name)) == name
+    order = [
+        before.convert_tokens_to_ids(t)
+        for t in after.convert_ids_to_tokens(list(range(len(after))))
+    ]
+    assert order == sorted(order)
+    # Words that are not in the text are spelt with its characters, or in bytes.
+    unknown = after.unk_token_id
+    mixed = " ".join(word[::-1] for word in KEPT[0].lower().split() if word.isalpha())
+    if after.convert_tokens_to_ids(after.tokenize(mixed)):
+        assert unknown not in after(mixed)["input_ids"]
+    if "BPE" in kind:
+        text = str(after.decode(after("Ж ℵ")["input_ids"], skip_special_tokens=True))
+        assert text.replace("\u2581", " ").strip() == "Ж ℵ"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_computes_the_same(name: str, tmp_path: Path) -> None:
+    source = source_of(name)
+    original, old = source.original(), source.need_tokenizer("the test")
+    prune(source, tmp_path)
+    model: Any = source.model
+    new = source.need_tokenizer("the test")
+    assert model.config.vocab_size == len(new) == model.get_input_embeddings().weight.shape[0]
+    again = dict(model.named_parameters())
+    assert sum(p.numel() for p in again.values()) < sum(p.numel() for p in original.parameters())
+    kept = old.convert_tokens_to_ids(new.convert_ids_to_tokens(list(range(len(new)))))
+    for line in KEPT[:4]:
+        given, expected = (t(line, return_tensors="pt") for t in (new, old))
+        names = ["input_ids"]
+        names += ["decoder_input_ids"] if model.config.is_encoder_decoder else []
+        with torch.no_grad():
+            found = model(**dict.fromkeys(names, given["input_ids"])).logits
+            wanted = original(**dict.fromkeys(names, expected["input_ids"])).logits
+        assert torch.equal(found, wanted[..., kept])
+
+
+def test_configurations_name_the_new_ids(tmp_path: Path) -> None:
+    source = source_of("marian")
+    old = source.need_tokenizer("the test")
+    model: Any = source.model
+    lost = old.convert_tokens_to_ids(next(t for t in old.tokenize(" ".join(DROPPED)) if len(t) > 4))
+    model.generation_config.bad_words_ids = [[old.pad_token_id], [lost, old.eos_token_id]]
+    model.generation_config.suppress_tokens = [lost, old.unk_token_id]
+    model.generation_config.forced_eos_token_id = old.eos_token_id
+    prune(source, tmp_path)
+    new = source.need_tokenizer("the test")
+    for config in (model.config, model.generation_config):
+        assert config.pad_token_id == new.pad_token_id
+        assert (
+            config.eos_token_id == new.eos_token_id == model.generation_config.forced_eos_token_id
+        )
+        assert config.decoder_start_token_id == new.convert_ids_to_tokens([0]).index(
+            old.convert_ids_to_tokens([0])[0]
+        )
+    assert model.model.shared.padding_idx == new.pad_token_id
+    assert model.generation_config.suppress_tokens == [new.unk_token_id]
+
+
+def test_the_most_frequent_are_kept(tmp_path: Path) -> None:
+    sizes = []
+    for keep in (1, 60, 10**6):
+        source = source_of("bert")
+        prune(source, tmp_path, keep=keep)
+        sizes.append(len(source.need_tokenizer("the test")))
+    assert sizes[0] < sizes[1] < sizes[2]
+    rare = source_of("bert")
+    prune(rare, tmp_path, min_count=3)
+    assert len(rare.need_tokenizer("the test")) < sizes[2]
+
+
+# --- with `apply`
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    source = source_of("xlm-roberta")
+    source.model.save_pretrained(folder)
+    source.need_tokenizer("the test").save_pretrained(folder)
+    with gzip.open(folder / "kept.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("\r\n".join(KEPT))
+    return folder
+
+
+RECIPE = """
+plmcc: 1
+passes:
+  - prune_vocabulary: {text: kept.txt.gz}
+"""
+
+
+def test_alone_it_writes_a_checkpoint_that_needs_no_plmcc(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE, real=True)
+    result = plmcc.apply(recipe, checkpoint, tmp_path / "out", base=checkpoint)
+    assert result.sites[0]["figures"]["tokens"] < result.sites[0]["figures"]["tokens_before"]
+    script = (
+        "import sys, torch; from transformers import AutoModel, AutoTokenizer\n"
+        "folder, text = sys.argv[1:]\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModel.from_pretrained(folder).eval()\n"
+        "assert 'plmcc' not in sys.modules\n"
+        "print(float(model(**tokenizer(text, return_tensors='pt'))[0].norm()))\n"
+    )
+    folders = (checkpoint, tmp_path / "out")
+    done = [
+        subprocess.run([sys.executable, "-c", script, f, KEPT[3]], capture_output=True, text=True,
+                       check=True) for f in folders
+    ]  # fmt: skip
+    assert float(done[0].stdout) == pytest.approx(float(done[1].stdout), abs=1e-5)
+
+
+def test_other_passes_shrink_what_is_left(checkpoint: Path, tmp_path: Path) -> None:
+    more = "  - compositional_codes: {codebooks: 4, codewords: 8}\n"
+    recipe = parse_recipe(RECIPE + more, real=True)
+    plmcc.apply(recipe, checkpoint, tmp_path / "out", base=checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == len(tokenizer)
+    assert len(tokenizer) < len(AutoTokenizer.from_pretrained(checkpoint))
+    with torch.no_grad():
+        assert torch.isfinite(model(**tokenizer(KEPT[0], return_tensors="pt"))[0]).all()
+
+
+def refused(source: Source | Path, text: str, base: Path | None = None) -> str:
+    with pytest.raises(PlmccError) as caught:
+        plmcc.apply(parse_recipe(text, real=True), source, base=base)
+    return str(caught.value)
+
+
+def test_bad_input_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_text("\n".join(LINES), encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
+    whole = RECIPE.replace("kept.txt.gz", "empty.txt")
+    assert "no token often enough" in refused(checkpoint, whole, tmp_path)
+    assert "missing.txt" in refused(checkpoint, RECIPE.replace("kept.txt.gz", "missing.txt"))
+    bare = source_of("bert")
+    bare.tokenizer = None
+    assert "needs a tokenizer" in refused(bare, RECIPE, checkpoint)
+    late = (
+        "plmcc: 1\nstages:\n  - name: one\n    passes: [compositional_codes: {codebooks: 4, "
+        "codewords: 8}]\n  - name: two\n    passes: [prune_vocabulary: {text: kept.txt.gz}]\n"
+    )
+    assert "move it to the first stage" in refused(checkpoint, late, checkpoint)
+    few = source_of("bert")
+    few.model.resize_token_embeddings(50)
+    assert "rows" in refused(few, RECIPE, checkpoint)
+    with pytest.raises(PlmccError, match="to `plmcc apply`"):
+        match(source_of("bert").model, [PruneVocabulary(text="x")])
+
+
+def test_a_vocabulary_that_is_needed_whole_is_not_pruned(tmp_path: Path) -> None:
+    source = source_of("bert")
+    prune(source, tmp_path)
+    with pytest.raises(PlmccError, match="nothing to prune"):
+        prune(source, tmp_path)
+
+
+def test_a_pruned_checkpoint_loads_as_a_source(checkpoint: Path, tmp_path: Path) -> None:
+    plmcc.apply(parse_recipe(RECIPE, real=True), checkpoint, tmp_path / "out", base=checkpoint)
+    source = load_source(tmp_path / "out")
+    assert len(source.need_tokenizer("the test")) == source.model.config.vocab_size
