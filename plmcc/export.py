@@ -38,7 +38,7 @@ def export_directory(
     model: torch.nn.Module = source.model.eval()
     if source.model.device.type == "cpu":
         model.float()
-    check_translates(source.model)
+    check_translates(source.model, name)
     if int8:
         quantize(source.model)
     return export_model(
@@ -111,8 +111,8 @@ def _write(
     ).write(folder)
 
 
-def check_translates(model: PreTrainedModel) -> None:
-    """Refuse a model that does not make text from text.
+def check_translates(model: PreTrainedModel, name: str = "") -> None:
+    """Refuse a model, named so by the user, that does not make text from text.
 
     Raises:
         PlmccError: it does not.
@@ -120,7 +120,7 @@ def check_translates(model: PreTrainedModel) -> None:
     if not translates(model):
         message = f"{type(model).__name__} is no translation model"
         cure = "name an encoder-decoder that reads text, such as Marian, BART, mBART or T5"
-        raise error("PLM401", message, cure=cure)
+        raise error("PLM401", message, name, cure=cure)
 
 
 def _check_programs(model: PreTrainedModel) -> None:
@@ -136,6 +136,21 @@ def default_search(model: PreTrainedModel) -> Search:
     Raises:
         PlmccError: it asks for something that compiled programs do not do, such as sampling.
     """
+    search = search_of(_settings(model))
+    if search is None:
+        message = "the generation config asks for what compiled programs do not do"
+        cure = "remove sampling, penalties and suppressed tokens from generation_config.json"
+        raise error("PLM401", message, type(model).__name__, cure=cure)
+    return search
+
+
+def default_length(model: PreTrainedModel) -> int:
+    """Return how many new tokens a model's generation config allows, whatever else it asks for."""
+    return int(_settings(model).max_length) - 1
+
+
+def _settings(model: PreTrainedModel) -> Any:
+    """A model's complete generation config; `max_length` is set, and counts the start token."""
     generator: Any = model
     config, _ = generator._prepare_generation_config(None)
     own = generator.generation_config
@@ -143,12 +158,7 @@ def default_search(model: PreTrainedModel) -> Search:
         config.max_length = own.max_new_tokens + 1
     elif own.max_length is None:
         config.max_length = 1 + min(_LONGEST, positions_of(model.config, "decoder") or _LONGEST)
-    search = search_of(config)
-    if search is None:
-        message = "the generation config asks for what compiled programs do not do"
-        cure = "remove sampling, penalties and suppressed tokens from generation_config.json"
-        raise error("PLM401", message, type(model).__name__, cure=cure)
-    return search
+    return config
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -119,20 +119,20 @@ def load_translator(name: str, device: str = "auto", compiled: bool = False) -> 
     """
     if (Path(name) / MANIFEST).exists():
         return _exported(Path(name), device)
-    from plmcc.export import check_translates, default_search
+    from plmcc.export import check_translates, default_length
     from plmcc.lower import compile as lower
     from plmcc.programs import positions_of
     from plmcc.source import load_source
 
     source = load_source(name)
-    check_translates(source.model)
+    check_translates(source.model, name)
     tokenizer = source.need_tokenizer("translating")
     model: Any = source.model.eval()
     if device != "auto":
         model.to(_device(device))
     if model.device.type == "cpu":
         model.float()  # half precision is slower on most processors, and rounds more
-    longest = default_search(model).max_length - 1
+    longest = default_length(model)
     if compiled:
         lower(model)
     positions = positions_of(model.config, "encoder")

@@ -93,6 +93,16 @@ def test_lines_keep_their_order_and_blank_lines(folder: Path, beams: int) -> Non
     assert translated(translator, TEXT.encode().rstrip(b"\n"), beams=beams) == wanted
 
 
+def test_what_only_transformers_can_search_for_is_translated(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "opus"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "generation_config.json").read_text())
+    config |= {"bad_words_ids": [[7]], "renormalize_logits": True}  # as Marian's models have
+    (copy / "generation_config.json").write_text(json.dumps(config))
+    found = translated(load_translator(str(copy), "cpu"), b"w5 w6 w7\n", beams=2)
+    assert found == expected(copy, "w5 w6 w7", num_beams=2)
+
+
 def test_results_come_chunk_by_chunk(folder: Path) -> None:
     translator = load_translator(str(folder), "cpu")
     read = 0
@@ -137,9 +147,10 @@ def test_a_file_that_is_missing_shows_before_a_model_is_loaded(tmp_path: Path) -
 def test_a_model_that_does_not_translate(tmp_path: Path) -> None:
     tiny("gpt2").save_pretrained(tmp_path)
     words().save_pretrained(tmp_path)
-    with pytest.raises(PlmccError, match="PLM401: GPT2LMHeadModel is no translation model"):
+    message = f"^{tmp_path}: error PLM401: GPT2LMHeadModel is no translation model"
+    with pytest.raises(PlmccError, match=message):
         load_translator(str(tmp_path))
-    with pytest.raises(PlmccError, match="PLM401: GPT2LMHeadModel is no translation model"):
+    with pytest.raises(PlmccError, match=message):
         export_directory(str(tmp_path), tmp_path.parent / "out")
     assert not (tmp_path.parent / "out").exists()
 
