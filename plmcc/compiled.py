@@ -39,6 +39,11 @@ class CompiledPrograms:
         self._steps: dict[int, Run] = {}
 
     @cached_property
+    def restrictions(self) -> tuple[tuple[int, ...], bool]:
+        """What the model's generation config forbids to write; its steps are compiled for that."""
+        return restrictions_of(self.model)
+
+    @cached_property
     def shapes(self) -> list[tuple[int, int]]:
         """Heads and width of each self-attention cache."""
         return cache_shapes(self.model)
@@ -53,7 +58,9 @@ class CompiledPrograms:
         """Read one target token in each beam."""
         size = room_for(candidates)
         if size not in self._steps:
-            self._steps[size] = _compiled(lambda: step_program(self.model, size), True)
+            self._steps[size] = _compiled(
+                lambda: step_program(self.model, size, self.restrictions), True
+            )
         return self._steps[size](inputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPrograms:
@@ -103,7 +110,18 @@ def encode_program(model: PreTrainedModel) -> Program:
     return Encode(model), (ids_BS, ids_BS.clone()), (shape, shape)
 
 
-def step_program(model: PreTrainedModel, candidates: int) -> Program:
+def restrictions_of(model: PreTrainedModel) -> tuple[tuple[int, ...], bool]:
+    """Return the `Search.restrictions` of a model's generation config."""
+    words = model.generation_config.bad_words_ids or []
+    eos = model.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    banned = {word[0] for word in words if len(word) == 1 and word[0] not in ends}
+    return tuple(sorted(banned)), bool(model.generation_config.renormalize_logits)
+
+
+def step_program(
+    model: PreTrainedModel, candidates: int, restrictions: tuple[tuple[int, ...], bool]
+) -> Program:
     """Return the program that reads one token."""
     sentences, beams, source, room = 2, 1 if candidates == 1 else 3, 8, 16
     own, cross = _caches(model, sentences, source)
@@ -118,7 +136,7 @@ def step_program(model: PreTrainedModel, candidates: int) -> Program:
     at_places = {0: A, 2: T} | ({} if beams == 1 else {3: at_beams[1]})
     shapes = [at_places for _ in own] + [{0: A, 2: S} for _ in cross]
     return (
-        Step(model, candidates),
+        Step(model, candidates, restrictions),
         inputs,
         ({0: A, **at_beams}, {0: A, 2: T, **at_beams}, {}, {0: A, 3: S}, shapes),
     )

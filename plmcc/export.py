@@ -94,7 +94,7 @@ def _write(
     steps = sorted({1, room_for(most)})
     package(encode_program(model), folder / "encode.pt2")
     for size in steps:
-        package(step_program(model, size), folder / f"step-{size}.pt2")
+        package(step_program(model, size, search.restrictions), folder / f"step-{size}.pt2")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     Manifest(

@@ -102,13 +102,19 @@ class Exported:
         folder = Path(folder)
         self.manifest = Manifest.read(folder)
         self.manifest.check(folder)
-        self.search = Search(**{**self.manifest.search, "eos": tuple(self.manifest.search["eos"])})
+        known = self.manifest.search
+        self.search = Search(**known | {n: tuple(known[n]) for n in ("eos", "banned")})
         device = self.manifest.device
         self._encode = _load(folder / "encode.pt2", device, replayed=False)
         self._steps = {
             size: _load(folder / f"step-{size}.pt2", device, replayed=True)
             for size in self.manifest.steps
         }
+
+    @property
+    def restrictions(self) -> tuple[tuple[int, ...], bool]:
+        """What the model's generation config forbade to write (`plmcc.runtime.Programs`)."""
+        return self.search.restrictions
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ _KNOWN = {
     "forced_eos_token_id", "temperature", "top_k", "top_p", "typical_p", "min_p", "epsilon_cutoff",
     "eta_cutoff", "transformers_version", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+    "bad_words_ids", "renormalize_logits",
 }  # fmt: skip
 
 
@@ -87,6 +88,8 @@ class Generate:
 
     def _fits(self, source_BS: Tensor, mask_BS: Tensor | None, search: Search) -> bool:
         """What does not fit is left to transformers, for its results or its error."""
+        if search.restrictions != self.programs.restrictions:
+            return False
         limit = positions_of(self.model.config)
         if limit is not None and max(source_BS.shape[1], search.max_length - 1) > limit:
             return False
@@ -130,6 +133,9 @@ def search_of(config: GenerationConfig) -> Search | None:
     special = (start, config.forced_bos_token_id, config.forced_eos_token_id)
     if not eos or start is None or not all(x is None or isinstance(x, int) for x in special):
         return None
+    words = [word for word in config.bad_words_ids or [] if word not in ([end] for end in eos)]
+    if any(len(word) != 1 for word in words):
+        return None
     pad = eos[0] if config.pad_token_id is None else config.pad_token_id
     return Search(
         max_length=config.max_length,
@@ -141,4 +147,6 @@ def search_of(config: GenerationConfig) -> Search | None:
         early_stopping=config.early_stopping,
         forced_bos=config.forced_bos_token_id,
         forced_eos=config.forced_eos_token_id,
+        banned=tuple(sorted({word[0] for word in words})),
+        renormalized=bool(config.renormalize_logits),
     )

@@ -31,6 +31,10 @@ class Programs(Protocol):
     def shapes(self) -> list[tuple[int, int]]:
         """Heads and width of each self-attention cache: keys of all layers, then values."""
 
+    @property
+    def restrictions(self) -> tuple[tuple[int, ...], bool]:
+        """`Search.restrictions` that `step` keeps to."""
+
     def encode(self, source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
         """Read the source."""
 

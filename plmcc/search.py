@@ -31,6 +31,16 @@ class Search:
     early_stopping: bool | str = False
     forced_bos: int | None = None
     forced_eos: int | None = None
+    banned: tuple[int, ...] = ()
+    """Tokens that are never written (`bad_words_ids` of one token each)."""
+    renormalized: bool = False
+    """Whether probabilities are shares of those of tokens that may be written
+    (`renormalize_logits`)."""
+
+    @property
+    def restrictions(self) -> tuple[tuple[int, ...], bool]:
+        """What a program for a step has to know of the search."""
+        return self.banned, self.renormalized
 
     @property
     def candidates(self) -> int:

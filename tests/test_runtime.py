@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import plmcc
 from plmcc import compiled
-from plmcc.compiled import CompiledPrograms, cache_shapes
+from plmcc.compiled import CompiledPrograms, cache_shapes, restrictions_of
 from plmcc.diagnostics import PlmccError
 from plmcc.export import export_model
 from plmcc.generate import Generate
@@ -32,7 +32,7 @@ class Uncompiled:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.shapes = cache_shapes(model)
+        self.shapes, self.restrictions = cache_shapes(model), restrictions_of(model)
         self.steps = 0
 
     def encode(self, source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
@@ -40,7 +40,7 @@ class Uncompiled:
 
     def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
         self.steps += 1
-        return list(Step(self.model, candidates)(*inputs[:4], inputs[4:]))
+        return list(Step(self.model, candidates, self.restrictions)(*inputs[:4], inputs[4:]))
 
 
 def same(model: PreTrainedModel, generate: Any, given: dict[str, Tensor], **options: Any) -> None:
@@ -301,6 +301,57 @@ def test_a_model_that_has_no_programs_is_left_to_transformers(
     with pytest.raises(PlmccError, match="cannot be exported: its attention or cache is its own"):
         export_model(model, None, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- banned tokens
+
+
+def often(model: PreTrainedModel) -> list[int]:
+    """Tokens that the model likes to write."""
+    given = prompt("marian")
+    found = model.generate(**given, max_new_tokens=12, num_beams=4)  # type: ignore[operator]
+    counts = found.flatten().bincount(minlength=VOCAB)
+    counts[: EOS + 1] = 0
+    return list(map(int, counts.topk(3).indices))
+
+
+@pytest.mark.parametrize("renormalized", [False, True])
+@pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 3}])
+def test_banned_tokens_are_not_written(search: dict[str, Any], renormalized: bool) -> None:
+    model = varied("marian")
+    banned = often(model)
+    config: Any = model.generation_config
+    config.bad_words_ids = [[EOS], *([token] for token in banned)]
+    config.renormalize_logits = renormalized
+    programs = Uncompiled(model)
+    same(model, Generate(model, programs), prompt("marian"), max_new_tokens=12, **search)
+    assert programs.steps > 0
+    generate: Any = Generate(model, programs)
+    found = generate(**prompt("marian"), max_new_tokens=12, **search)
+    assert not torch.isin(found, torch.tensor(banned)).any()
+
+
+def test_other_banned_tokens_are_left_to_transformers() -> None:
+    model = varied("marian")
+    programs = Uncompiled(model)
+    generate = Generate(model, programs)
+    for words in ([[token] for token in often(model)], [[7, 8]]):
+        same(model, generate, prompt("marian"), max_new_tokens=12, bad_words_ids=words)
+    assert programs.steps == 0
+
+
+@pytest.mark.parametrize("size", [40, 4096])
+@pytest.mark.parametrize("renormalized", [False, True])
+def test_the_best_tokens_are_none_that_are_banned(size: int, renormalized: bool) -> None:
+    logits = torch.randn(5, size)
+    banned = logits[0].topk(4).indices.tolist()
+    wanted = logits.log_softmax(-1)
+    wanted[:, banned] = -torch.inf
+    wanted = wanted.log_softmax(-1) if renormalized else wanted
+    scores, tokens = best(logits, 8, banned, renormalized)
+    expected = wanted.topk(8, dim=-1)
+    assert torch.equal(tokens, expected.indices)
+    assert torch.allclose(scores, expected.values, atol=1e-5)
 
 
 # --- CUDA graphs

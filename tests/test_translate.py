@@ -43,6 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():  # or each token calls for itself
         model.model.decoder.embed_positions.weight *= 20
     model.generation_config.max_new_tokens = 12
+    model.generation_config.bad_words_ids = [[0], [7]]  # as models of OPUS-MT have, with padding
+    model.generation_config.renormalize_logits = True
     model.save_pretrained(path)
     words().save_pretrained(path)
     return path
@@ -97,7 +99,7 @@ def test_what_only_transformers_can_search_for_is_translated(folder: Path, tmp_p
     copy = tmp_path / "opus"
     shutil.copytree(folder, copy)
     config = json.loads((copy / "generation_config.json").read_text())
-    config |= {"bad_words_ids": [[7]], "renormalize_logits": True}  # as Marian's models have
+    config |= {"bad_words_ids": [[7, 8]]}
     (copy / "generation_config.json").write_text(json.dumps(config))
     found = translated(load_translator(str(copy), "cpu"), b"w5 w6 w7\n", beams=2)
     assert found == expected(copy, "w5 w6 w7", num_beams=2)
