@@ -90,6 +90,8 @@ def torch_pruning(recipe: plmcc.Recipe, dense: Path, folder: Path, part: float) 
         attention.num_attention_heads = pruner.num_heads[attention.query]
         attention.all_head_size = attention.query.out_features
     tuned(recipe, source)
+    for module in model.modules():  # transformers' hooks for hidden states cannot be pickled
+        module._forward_hooks.clear()
     folder.mkdir(parents=True)
     torch.save(model, folder / PICKLED)
     source.need_tokenizer("the benchmark").save_pretrained(folder)
