@@ -162,10 +162,22 @@ def _match_one(program: Program, chosen: Pass, place: Place | str) -> tuple[list
     sites = [result for result in results if isinstance(result, Site)]
     misses = [result for result in results if isinstance(result, Miss)]
     if not sites:
-        reasons = "; ".join(f"{miss.path}: {miss.reason}" for miss in misses) or "nothing was found"
+        reasons = _reasons(misses) or "nothing was found"
         message = f"`{catalog.name_of(type(chosen))}` has nothing to rewrite in this model"
         raise error("PLM203", message, place, given=reasons, cure="change `targets` or the options")
     return sites, misses
+
+
+def _reasons(misses: Sequence[Miss]) -> str:
+    """Return every reason once, with the first of the places that it is for."""
+    places: dict[str, list[str]] = {}
+    for miss in misses:
+        places.setdefault(miss.reason, []).append(miss.path)
+    more = {reason: f" and {len(paths) - 1} more" for reason, paths in places.items()}
+    return "; ".join(
+        f"{paths[0]}{more[reason] if len(paths) > 1 else ''}: {reason}"
+        for reason, paths in places.items()
+    )
 
 
 def _claim(site: Site, chosen: Pass, taken: dict[str, str], place: Place | str) -> None:

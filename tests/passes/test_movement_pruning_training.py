@@ -252,8 +252,10 @@ def test_a_target_of_operations_is_met_by_the_flop_counter(aim: float) -> None:
 def test_a_target_that_nothing_meets_is_refused(granularity: str, aim: float, scope: str) -> None:
     options: dict[str, Any] = {"granularity": granularity, "scope": scope}
     chosen = MovementPruning(method="magnitude", target={"parameters": aim}, **options)
-    with pytest.raises(PlmccError, match="these layers keep at least"):
+    with pytest.raises(PlmccError, match="these layers keep at least") as caught:
         match(sized(), [chosen])
+    assert str(caught.value).count("these layers keep at least") == 1  # not for every layer
+    assert "bert.encoder.layer.0 and 1 more: " in str(caught.value)
 
 
 # --- refilled zeros
