@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from plmcc import cli_vectors
 from plmcc.diagnostics import PlmccError, error
 
 _INTERRUPTED = 130  # what typer exits with after Ctrl-C
@@ -24,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_vectors.app, name="vectors")
 
 
 class Format(StrEnum):

@@ -1,0 +1,218 @@
+"""Word vectors in memory: as a dictionary, with gensim's names, nearest words and evaluation.
+
+```python
+vectors = plmcc.vectors.load("glove.txt.gz")
+vectors["king"]; vectors.most_similar("king", topn=5)
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from plmcc.diagnostics import did_you_mean, error
+from plmcc.vector_files import Broken, Table, read
+
+
+def load(file: str | Path, words: str | Path | None = None, broken: Broken = "refuse") -> Vectors:
+    """Read a file of word vectors (`plmcc.vector_files.read`).
+
+    Raises:
+        PlmccError: it cannot be read, or a line is broken and that is refused.
+    """
+    names, table, notes = read(Path(file), None if words is None else Path(words), broken)
+    return Vectors(names, table, notes)
+
+
+@dataclass(eq=False)
+class Vectors(Mapping[str, Table]):
+    """Words and their vectors: a mapping, with the names of gensim's `KeyedVectors` beside it."""
+
+    index_to_key: list[str]
+    vectors: Table
+    """`(V, D)`, float32."""
+    notes: tuple[str, ...] = ()
+    key_to_index: dict[str, int] = field(init=False, repr=False)
+    _unit: Table | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Number the words."""
+        self.key_to_index = {word: index for index, word in enumerate(self.index_to_key)}
+
+    def __getitem__(self, word: str) -> Table:
+        """Return the vector `(D,)` of a word; a KeyError if it has none."""
+        row: Table = self.vectors[self.key_to_index[word]]
+        return row
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the words."""
+        return iter(self.index_to_key)
+
+    def __len__(self) -> int:
+        """Return the number of words."""
+        return len(self.index_to_key)
+
+    @property
+    def vector_size(self) -> int:
+        """D."""
+        return int(self.vectors.shape[1])
+
+    def unit(self) -> Table:
+        """Return the vectors at length 1, `(V, D)`."""
+        if self._unit is None:
+            norms = np.linalg.norm(self.vectors, axis=1, keepdims=True)
+            self._unit = self.vectors / np.maximum(norms, 1e-12)
+        return self._unit
+
+    def similarity(self, first: str, second: str) -> float:
+        """Return the cosine of two words' vectors."""
+        unit = self.unit()
+        return float(unit[self._index(first)] @ unit[self._index(second)])
+
+    def most_similar(
+        self,
+        positive: str | Sequence[str],
+        negative: str | Sequence[str] = (),
+        topn: int = 10,
+    ) -> list[tuple[str, float]]:
+        """Return the words whose vectors have the largest cosine with the mean of the positive
+        words' minus the negative ones', without these words.
+
+        Raises:
+            PlmccError: a word has no vector.
+        """
+        plus = [positive] if isinstance(positive, str) else list(positive)
+        minus = [negative] if isinstance(negative, str) else list(negative)
+        unit = self.unit()
+        given = [self._index(word) for word in (*plus, *minus)]
+        signs = np.array([1.0] * len(plus) + [-1.0] * len(minus), dtype=np.float32)
+        query = signs @ unit[given]
+        scores = unit @ (query / max(float(np.linalg.norm(query)), 1e-12))
+        scores[given] = -np.inf
+        count = min(topn, len(self) - len(set(given)))
+        best = np.argpartition(-scores, count - 1)[:count] if count > 0 else np.empty(0, int)
+        order = best[np.argsort(-scores[best], kind="stable")]
+        return [(self.index_to_key[index], float(scores[index])) for index in order]
+
+    def _index(self, word: str) -> int:
+        if word not in self.key_to_index:
+            near = did_you_mean(word, self.index_to_key[:50_000])
+            raise error("PLM301", f"`{word}` has no vector", cure=near)
+        return self.key_to_index[word]
+
+
+def analogy(text: str) -> tuple[str, str, str] | None:
+    """Return the three words of `a:b::c:?`, None if the text is a word.
+
+    Raises:
+        PlmccError: it looks like an analogy and is none.
+    """
+    if "::" not in text:
+        return None
+    left, right = text.split("::", 1)
+    words = (*left.split(":"), *right.split(":"))
+    if len(words) != 4 or words[3] != "?" or not all(words):
+        message = "an analogy is written a:b::c:?"
+        raise error("PLM502", message, given=text, cure="man:king::woman:?")
+    return words[0], words[1], words[2]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How vectors do on a data set: Spearman's rho of similarities, or the part of analogies
+    answered rightly, both in percent."""
+
+    dataset: str
+    kind: str
+    score: float
+    used: int
+    out_of_vocabulary: float
+    """The part of its rows that has a word without a vector, in percent."""
+
+
+def evaluate(vectors: Vectors, file: str | Path) -> Score:
+    """Judge vectors by a data set: pairs of words with a similarity (columns separated by white
+    space, commas or semicolons), or analogies in the form of word2vec's `questions-words.txt`.
+
+    Raises:
+        PlmccError: the file holds neither, or none of its words has a vector.
+    """
+    file = Path(file)
+    rows = _rows(file)
+    known = {word.lower(): word for word in reversed(vectors.index_to_key)}
+    known.update({word: word for word in vectors.index_to_key})
+    if all(len(row) == 4 for row in rows):
+        return _analogies(vectors, file.stem, rows, known)
+    return _similarities(vectors, file, rows, known)
+
+
+def _rows(file: Path) -> list[list[str]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise error("PLM301", "there is no such file", str(file)) from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise error("PLM301", f"it cannot be read: {problem}", str(file)) from None
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith((":", "#"))]
+    rows = [line.replace(",", " ").replace(";", " ").split() for line in lines]
+    if rows and len(rows[0]) >= 3 and not _is_number(rows[0][2]) and len(rows[0]) != 4:
+        rows = rows[1:]  # a header
+    if not rows or any(len(row) < 3 for row in rows):
+        message = "this is neither pairs of words with a similarity nor analogies of four words"
+        raise error("PLM301", message, str(file))
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _found(words: Sequence[str], known: Mapping[str, str]) -> list[str] | None:
+    found = [known.get(word) or known.get(word.lower()) for word in words]
+    return [w for w in found if w is not None] if all(w is not None for w in found) else None
+
+
+def _similarities(
+    vectors: Vectors, file: Path, rows: list[list[str]], known: Mapping[str, str]
+) -> Score:
+    ours, theirs = [], []
+    for number, row in enumerate(rows, 1):
+        if not _is_number(row[2]):
+            given = " ".join(row)
+            raise error("PLM301", "the third column is no number", f"{file}:{number}", given=given)
+        pair = _found(row[:2], known)
+        if pair is not None:
+            ours.append(vectors.similarity(*pair))
+            theirs.append(float(row[2]))
+    if len(ours) < 2:
+        raise error("PLM301", "fewer than two of its pairs have vectors", str(file))
+    rho = 100 * float(spearmanr(ours, theirs).statistic)
+    return Score(file.stem, "similarity", rho, len(ours), 100 * (1 - len(ours) / len(rows)))
+
+
+def _analogies(
+    vectors: Vectors, name: str, rows: list[list[str]], known: Mapping[str, str]
+) -> Score:
+    """3CosAdd, the three given words excluded."""
+    found = [words for row in rows if (words := _found(row, known)) is not None]
+    if not found:
+        raise error("PLM301", "none of its analogies has vectors for all words", name)
+    unit, index = vectors.unit(), vectors.key_to_index
+    ids = np.array([[index[word] for word in words] for words in found])
+    right = 0
+    for part in np.array_split(ids, max(1, len(ids) // 256)):
+        query = unit[part[:, 1]] - unit[part[:, 0]] + unit[part[:, 2]]
+        scores = query @ unit.T
+        np.put_along_axis(scores, part[:, :3], -np.inf, axis=1)
+        right += int((scores.argmax(1) == part[:, 3]).sum())
+    share = 100 * (1 - len(found) / len(rows))
+    return Score(name, "analogy", 100 * right / len(found), len(found), share)
