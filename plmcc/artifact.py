@@ -10,6 +10,7 @@ loads the file without plmcc, by whatever class, gets a size mismatch instead of
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ class PlmccConfig(PreTrainedConfig):
             PlmccError: the base type is missing or unknown to this transformers.
         """
         base = str(config_dict.get("base_model_type"))
+        if base == "word_vectors":
+            importlib.import_module("plmcc.vectors_model")  # registers it
         if base not in CONFIG_MAPPING or base == METHOD:
             message = (
                 f"transformers has no architecture `{base}`, the base of this compressed model"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Look into files of word vectors.")
 
 File = Annotated[
-    Path, typer.Argument(help="word2vec (text, .bin), GloVe, fastText .vec, .npy; .gz too.")
+    Path, typer.Argument(help="word2vec (text, .bin), GloVe, .vec, .npy, .gz; or a result.")
 ]
 Words = Annotated[
     Path | None, typer.Option("--words", help="For .npy: a file with one word a line.")
@@ -74,6 +74,10 @@ def evaluate(
 def _loaded(file: Path, words: Path | None, skip: bool) -> Vectors:
     from plmcc.vectors import load
 
+    if file.is_dir():  # it will import transformers anyway
+        from plmcc.terminal import calm
+
+        calm()
     vectors = load(file, words, "skip" if skip else "refuse")
     for note in vectors.notes:
         typer.echo(f"note: {note}", err=True)

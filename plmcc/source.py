@@ -124,6 +124,8 @@ def load_source(name: str | Path, task: str = "auto", head: dict[str, Any] | Non
         PlmccError: the model cannot be found or read.
     """
     folder: Path | None = Path(name) if Path(name).is_dir() else None
+    if is_vectors(Path(name)):
+        return _vectors(Path(name))
     if folder is None:
         _check_not_local(str(name))
     config = _config(name)
@@ -136,6 +138,21 @@ def load_source(name: str | Path, task: str = "auto", head: dict[str, Any] | Non
     placed.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer(name, folder)
     return Source(model, chosen, str(name), tokenizer, folder, Pooling.of(folder), notes)
+
+
+def is_vectors(file: Path) -> bool:
+    """Say whether a file is one of word vectors, by its name."""
+    suffix = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    return file.is_file() and suffix in (".txt", ".vec", ".bin", ".npy")
+
+
+def _vectors(file: Path) -> Source:
+    from plmcc.vectors import load
+    from plmcc.vectors_model import model_of
+
+    vectors = load(file)
+    model, tokenizer = model_of(vectors)
+    return Source(model, "feature-extraction", str(file), tokenizer, notes=vectors.notes)
 
 
 def _check_not_local(name: str) -> None:

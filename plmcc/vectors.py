@@ -20,11 +20,16 @@ from plmcc.vector_files import Broken, Table, read
 
 
 def load(file: str | Path, words: str | Path | None = None, broken: Broken = "refuse") -> Vectors:
-    """Read a file of word vectors (`plmcc.vector_files.read`).
+    """Read a file of word vectors (`plmcc.vector_files.read`), or the directory to which
+    `plmcc apply` has compressed one.
 
     Raises:
         PlmccError: it cannot be read, or a line is broken and that is refused.
     """
+    if Path(file).is_dir():
+        from plmcc.vectors_model import vectors_of  # torch and transformers take seconds
+
+        return vectors_of(Path(file))
     names, table, notes = read(Path(file), None if words is None else Path(words), broken)
     return Vectors(names, table, notes)
 

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny
 
-from plmcc import vectors
+from plmcc import apply, vectors
 from plmcc.diagnostics import PlmccError
+from plmcc.recipe import parse_recipe
 from plmcc.vectors import Score, Vectors
 
 WORDS = ["king", "queen", "man", "woman", "Zürich", "new york", "..."]
 TABLE = np.random.default_rng(0).standard_normal((len(WORDS), 5)).astype(np.float32)
 _FAMILY = [[1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 0, 0.1], [0, 0, 1, 0, 0.1]]
 TABLE[:4] = np.array(_FAMILY, dtype=np.float32)
+SMALL = "plmcc: 1\npasses:\n  - compositional_codes: {codebooks: 4, codewords: 8}\n"
 SHARED = Path(__file__).parents[2] / "shared/data"
 
 
@@ -206,6 +209,33 @@ def test_scores_are_those_that_the_data_comes_with(name: str, rho: float) -> Non
     found = vectors.load(SHARED / "wordvec_wiki50k/vectors.f16.npy")
     score = vectors.evaluate(found, SHARED / f"wordsim/{name}.txt")
     assert score.score == pytest.approx(rho, abs=0.1)
+
+
+def test_a_recipe_compresses_them(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    table = random.standard_normal((200, 8)).astype(np.float32)
+    words = [*WORDS, *(f"w{i}" for i in range(193))]
+    lines = [
+        f"{w} " + " ".join(map(str, row.tolist())) for w, row in zip(words, table, strict=True)
+    ]
+    (tmp_path / "vectors.txt").write_text("\n".join(lines), encoding="utf-8")
+    recipe = parse_recipe(
+        "plmcc: 1\npasses:\n  - compositional_codes: {codebooks: 8, codewords: 16, "
+        "initialisation: residual}\n", real=True,
+    )  # fmt: skip
+    result = apply(recipe, tmp_path / "vectors.txt", tmp_path / "out")
+    assert sum(result.bytes_after.values()) < sum(result.bytes_before.values())
+    found = vectors.load(tmp_path / "out")
+    assert found.index_to_key == words
+    error = np.linalg.norm(found.vectors - table) / np.linalg.norm(table)
+    assert 0 < error < 0.5
+    done = run("nearest", tmp_path / "out", "new york", "--top", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\t")[1].strip() == found.most_similar("new york", topn=1)[0][0]
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    apply(parse_recipe(SMALL, real=True), tmp_path / "bert", tmp_path / "no vectors")
+    with pytest.raises(PlmccError, match="holds no word vectors"):
+        vectors.load(tmp_path / "no vectors")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
