@@ -5,8 +5,8 @@
 A dense classifier is trained once from all-MiniLM-L6-v2, for --dense-steps; all else begins with
 it and, where distilled, has it as its teacher. Single weights are trained for --steps; what is
 meant to be faster for --structured-steps (and a quarter more, in which the hybrid is pruned) at a
-higher rate, with the teacher's hidden states beside its logits. Embeddings stay as they are (as in the paper), batches are of 32
-sentences in bfloat16.
+higher rate, with the teacher's hidden states beside its logits. Embeddings stay as they are (as in
+the paper), batches are of 32 sentences in bfloat16.
 
     methods  single weights by magnitude, L0, movement and soft movement; the penalty of L0 and the
              threshold of soft movement are steered to the density
