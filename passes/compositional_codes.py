@@ -13,17 +13,26 @@ Shapes: V rows, D dimensions, M codebooks, K codewords, B packed bytes, N tokens
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
+from plmcc.api import Miss, Objective, Pass, Site, Soft
 from plmcc.passes._autoencoder import CodeAutoencoder, fit_autoencoder
 from plmcc.passes._bits import bits_for, pack, row_bytes, unpack
 from plmcc.passes._residual import decode, residual_quantise
+from plmcc.passes._tables import (
+    CompressedTable,
+    LearningRate,
+    SoftCodes,
+    common_layout,
+    matched_tables,
+    reconstruction,
+    table_of,
+)
 from plmcc.program import Program
 from plmcc.progress import Progress
 
@@ -69,22 +78,14 @@ class CompositionalCodes(Pass):
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield embedding tables; a table not larger than its own codes would be is a miss."""
-        for found in program.resolve(self.targets, "embedding", self.expect):
-            if isinstance(found, Miss):
-                yield found
-                continue
-            rows, dims = found.facts["num_embeddings"], found.facts["embedding_dim"]
-            if self.codewords > rows:
-                yield Miss(
-                    found.path, f"{self.codewords} codewords for a table of only {rows} rows"
-                )
-            elif self._parameters_and_codes(rows, dims) >= 4 * rows * dims:
-                yield Miss(
-                    found.path,
-                    f"the codes and codebooks would be larger than the {rows} x {dims} table",
-                )
-            else:
-                yield found
+        yield from matched_tables(program, self.targets, self.expect, self._refusal)
+
+    def _refusal(self, rows: int, dims: int) -> str:
+        if self.codewords > rows:
+            return f"{self.codewords} codewords for a table of only {rows} rows"
+        if self._parameters_and_codes(rows, dims) >= 4 * rows * dims:
+            return f"the codes and codebooks would be larger than the {rows} x {dims} table"
+        return ""
 
     def _parameters_and_codes(self, rows: int, dims: int) -> int:
         width = row_bytes(self.codebooks, bits_for(self.codewords))
@@ -93,78 +94,28 @@ class CompositionalCodes(Pass):
     def replace(self, site: Site) -> Soft:
         """Learn codes for the finished table (no task data), then freeze them; codebooks stay
         trainable."""
-        table_VD = site.module.weight.detach()  # type: ignore[operator]
-        if not torch.isfinite(table_VD).all():
-            raise ValueError(f"{site.path}: the table holds values that are not finite")
+        table_VD = table_of(site)
         fit = _fit_residual if self.initialisation == "residual" else _fit_paper
         with Progress(f"codes for {site.path}") as progress:
             codes_VM, books_MKD = fit(self, table_VD, progress)
         hard = CodedEmbedding(
-            num_embeddings=table_VD.shape[0],
-            embedding_dim=table_VD.shape[1],
-            codebooks=self.codebooks,
-            codewords=self.codewords,
-            padding_idx=site.facts.get("padding_idx"),
-            zero_padding=_padding_is_zero(table_VD, site.facts.get("padding_idx")),
-            scale=site.facts.get("scale", 1.0),
+            **common_layout(site), codebooks=self.codebooks, codewords=self.codewords
         ).to(table_VD.device)
         hard.codes.copy_(pack(codes_VM, bits_for(self.codewords)))
         hard.codebooks = nn.Parameter(books_MKD.flatten(0, 1).to(table_VD.dtype).contiguous())
-        return SoftCodes(hard, _reconstruction(table_VD, codes_VM, books_MKD))
+        figures = reconstruction(table_VD, lambda ids_N: decode(codes_VM[ids_N], books_MKD))
+        used = sum(int(column.unique().numel()) for column in codes_VM.T)
+        figures["codewords_used"] = used / (self.codebooks * self.codewords)
+        return SoftCodes(hard, figures)
 
     def objective(self, site: Site, soft: Soft) -> Objective | None:
         """Codes are frozen and codebooks train on the task's own loss, if asked at a rate of their
         own."""
-        if self.codebook_learning_rate is None:
-            return None
-        return CodebookRate(soft, self.codebook_learning_rate)
+        rate = self.codebook_learning_rate
+        return None if rate is None else LearningRate(soft, rate)
 
 
-class CodebookRate(Objective):
-    """Adds nothing to the loss; gives the codebooks their own learning rate."""
-
-    name = "codebook_learning_rate"
-
-    def __init__(self, soft: Soft, learning_rate: float) -> None:
-        self.soft, self.learning_rate = soft, learning_rate
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return one group: the codebooks."""
-        return [{"params": list(self.soft.parameters()), "lr": self.learning_rate}]
-
-
-class SoftCodes(Soft):
-    """Frozen codes with trainable codebooks. It computes exactly what its hardened form
-    computes."""
-
-    def __init__(self, coded: CodedEmbedding, figures: dict[str, float]) -> None:
-        super().__init__()
-        self.coded = coded
-        self._figures = figures
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Look up ids (...) -> rows (..., D)."""
-        return self.coded(ids)  # type: ignore[no-any-return]
-
-    def attend(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D)."""
-        return self.coded.attend(hidden)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense table (V, D), built on demand."""
-        return self.coded.weight
-
-    def harden(self) -> Hard:
-        """Return the coded embedding itself."""
-        return self.coded
-
-    def facts(self) -> dict[str, float]:
-        """Reconstruction errors after fitting, before any training."""
-        return self._figures
-
-
-class CodedEmbedding(Hard):
+class CodedEmbedding(CompressedTable):
     """Packed codes (V, B) uint8 and codebooks (M·K, D); codebook i is rows iK to iK+K-1."""
 
     def __init__(
@@ -177,51 +128,29 @@ class CodedEmbedding(Hard):
         zero_padding: bool = False,
         scale: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.layout: Layout = {
-            "num_embeddings": num_embeddings,
-            "embedding_dim": embedding_dim,
-            "codebooks": codebooks,
-            "codewords": codewords,
-            "padding_idx": padding_idx,
-            "zero_padding": zero_padding,
-            "scale": scale,
-        }
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx, self.zero_padding, self.scale = padding_idx, zero_padding, scale
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            zero_padding,
+            scale,
+            codebooks=codebooks,
+            codewords=codewords,
+        )
         self.num_codebooks, self.codewords, self.bits = codebooks, codewords, bits_for(codewords)
         width = row_bytes(codebooks, self.bits)
         self.register_buffer("codes", torch.zeros(num_embeddings, width, dtype=torch.uint8))
         self.codes: Tensor
         self.codebooks = nn.Parameter(torch.zeros(codebooks * codewords, embedding_dim))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Look up ids (...) -> rows (..., D), times the table's own scale."""
-        flat_N = ids.reshape(-1)
-        rows_ND = self._sum_of(self._entries(self.codes[flat_N]), self.codebooks)
-        if self.padding_idx is not None:
-            rows_ND = self._keep_padding(rows_ND, flat_N)
-        if self.scale != 1.0:
-            rows_ND = rows_ND * self.scale
-        return rows_ND.view(*ids.shape, self.embedding_dim)
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """Rows (N, D): sums of the vectors that codes name."""
+        return self._sum_of(self._entries(self.codes[ids_N]), self.codebooks)
 
-    def attend(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D): products with the codebooks, gathered and
-        summed."""
-        products_PN = self.codebooks @ hidden.reshape(-1, self.embedding_dim).T
-        logits_VN = self._sum_of(self._entries(self.codes), products_PN)
-        if self.padding_idx is not None and self.zero_padding:
-            keep_V = torch.arange(self.num_embeddings, device=hidden.device) != self.padding_idx
-            logits_VN = logits_VN * keep_V[:, None]
-        return logits_VN.T.reshape(*hidden.shape[:-1], self.num_embeddings)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense table (V, D), built on demand; without the scale, as in the original module."""
-        rows_VD = self._sum_of(self._entries(self.codes), self.codebooks)
-        if self.padding_idx is None:
-            return rows_VD
-        return self._keep_padding(rows_VD, torch.arange(self.num_embeddings, device=rows_VD.device))
+    def products(self, hidden_ND: Tensor) -> Tensor:
+        """Products (N, V): with the codebooks, gathered and summed."""
+        products_PN = self.codebooks @ hidden_ND.T
+        return self._sum_of(self._entries(self.codes), products_PN).T
 
     def _entries(self, packed_NB: Tensor) -> Tensor:
         """Codebook rows (N, M) named by packed codes."""
@@ -230,13 +159,6 @@ class CodedEmbedding(Hard):
 
     def _sum_of(self, entries_NM: Tensor, vectors_PX: Tensor) -> Tensor:
         return F.embedding_bag(entries_NM, vectors_PX, mode="sum")
-
-    def _keep_padding(self, rows_ND: Tensor, ids_N: Tensor) -> Tensor:
-        """As nn.Embedding does: no gradient through the padding row; a zero row stays zero."""
-        assert self.padding_idx is not None
-        padding_N1 = ids_N.eq(self.padding_idx)[:, None]
-        fixed = torch.zeros_like(rows_ND) if self.zero_padding else rows_ND.detach()
-        return torch.where(padding_N1, fixed, rows_ND)
 
     def ideal_bits(self) -> int:
         """|V|·M·⌈log2 K⌉ + 32·M·K·D, the paper's count (float32 codebooks)."""
@@ -270,28 +192,3 @@ def _fit_paper(
         ).to(table_VD.device)
         fit_autoencoder(model, table_VD, options, progress)
     return model.export(table_VD)
-
-
-def _padding_is_zero(table_VD: Tensor, padding_idx: int | None) -> bool:
-    return padding_idx is not None and not table_VD[padding_idx].any()
-
-
-def _reconstruction(table_VD: Tensor, codes_VM: Tensor, books_MKD: Tensor) -> dict[str, float]:
-    """½||ŷ - x||² and ||ŷ - x|| averaged over rows, the error relative to the table's variance,
-    codes in use."""
-    squares, distances, spread = 0.0, 0.0, 0.0
-    mean_D = table_VD.float().mean(0)
-    for rows, codes in zip(table_VD.split(8192), codes_VM.split(8192), strict=True):
-        error_N = (decode(codes, books_MKD) - rows.float()).square().sum(-1)
-        squares, distances = squares + float(error_N.sum()), distances + float(error_N.sqrt().sum())
-        spread += float((rows.float() - mean_D).square().sum())
-    used = sum(int(column.unique().numel()) for column in codes_VM.T) / (
-        codes_VM.shape[1] * books_MKD.shape[1]
-    )
-    count = len(table_VD)
-    return {
-        "reconstruction_loss": squares / count / 2,
-        "mean_distance": distances / count,
-        "relative_error": squares / max(spread, 1e-30),
-        "codewords_used": used,
-    }

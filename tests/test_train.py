@@ -24,7 +24,8 @@ from plmcc import Data, Distill, PlmccError, Train, rewrite
 from plmcc.api import Objective
 from plmcc.data import load_rows, synthetic_rows
 from plmcc.distill import relative_error
-from plmcc.passes.compositional_codes import CodebookRate, CompositionalCodes
+from plmcc.passes._tables import LearningRate
+from plmcc.passes.compositional_codes import CompositionalCodes
 from plmcc.recipe import Synthetic
 from plmcc.rewrite import Replacement
 from plmcc.tasks import Pooling, collator, encode
@@ -464,7 +465,7 @@ def test_an_objective_may_have_its_own_learning_rate() -> None:
 def test_the_pass_has_an_option_for_it() -> None:
     model = encoder()
     (done,) = coded(model, codebook_learning_rate=0.03)
-    assert isinstance(done.objective, CodebookRate)
+    assert isinstance(done.objective, LearningRate)
     codebooks = model.get_parameter("embeddings.word_embeddings.coded.codebooks")
     before = codebooks.detach().clone()
     chosen = settings(

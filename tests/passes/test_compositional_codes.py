@@ -27,12 +27,8 @@ from plmcc.diagnostics import PlmccError
 from plmcc.passes._autoencoder import CodeAutoencoder, fit_autoencoder
 from plmcc.passes._bits import bits_for, pack, row_bytes, unpack
 from plmcc.passes._residual import decode, encode, residual_quantise
-from plmcc.passes.compositional_codes import (
-    CodebookRate,
-    CodedEmbedding,
-    CompositionalCodes,
-    SoftCodes,
-)
+from plmcc.passes._tables import LearningRate, SoftCodes
+from plmcc.passes.compositional_codes import CodedEmbedding, CompositionalCodes
 from plmcc.progress import Progress
 from plmcc.size import module_bytes
 
@@ -495,7 +491,7 @@ def test_saved_codebooks_have_the_usual_layout_in_memory() -> None:
 # --- fitting in models
 
 
-def replaced(model: Any, **options: Any) -> SoftCodes:
+def replaced(model: Any, **options: Any) -> SoftCodes[CodedEmbedding]:
     found = rewrite.match(model, [CompositionalCodes(**(OPTIONS | options))])
     (done,) = rewrite.replace_all(model, found)
     assert isinstance(done.soft, SoftCodes)
@@ -606,7 +602,7 @@ def test_codes_are_frozen_and_codebooks_learn() -> None:
 def test_codebooks_may_have_a_learning_rate_of_their_own() -> None:
     soft = replaced(tiny("bert"))
     own = CompositionalCodes(**OPTIONS, codebook_learning_rate=0.5).objective(site(toy()), soft)
-    assert isinstance(own, CodebookRate)
+    assert isinstance(own, LearningRate)
     (group,) = own.parameter_groups()
     assert (group["params"], group["lr"]) == ([soft.coded.codebooks], 0.5)
     assert CompositionalCodes(**OPTIONS).objective(site(toy()), soft) is None

@@ -1,0 +1,191 @@
+"""What passes that replace embedding tables share: calls, padding, tied heads, figures (a helper,
+not a pass).
+
+Shapes: V rows, D dimensions, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from plmcc.api import Hard, Layout, Miss, Objective, Site, Soft
+from plmcc.program import Program
+
+
+def matched_tables(
+    program: Program,
+    targets: str | list[str],
+    expect: int | None,
+    refusal: Callable[[int, int], str],
+) -> Iterator[Site | Miss]:
+    """Yield the tables that targets name; `refusal(rows, dims)` says why one does not fit, or
+    nothing."""
+    for found in program.resolve(targets, "embedding", expect):
+        reason = ""
+        if isinstance(found, Site):
+            reason = refusal(found.facts["num_embeddings"], found.facts["embedding_dim"])
+        yield Miss(found.path, reason) if reason else found
+
+
+def table_of(site: Site) -> Tensor:
+    """Return the dense table (V, D), without its history.
+
+    Raises:
+        ValueError: it holds values that are not finite.
+    """
+    table_VD = site.module.get_parameter("weight").detach()
+    if not torch.isfinite(table_VD).all():
+        raise ValueError(f"{site.path}: the table holds values that are not finite")
+    return table_VD
+
+
+def common_layout(site: Site) -> dict[str, Any]:
+    """Return what the layout of every `Table` says of the original."""
+    table_VD, padding_idx = table_of(site), site.facts.get("padding_idx")
+    return {
+        "num_embeddings": table_VD.shape[0],
+        "embedding_dim": table_VD.shape[1],
+        "padding_idx": padding_idx,
+        "zero_padding": padding_idx is not None and not table_VD[padding_idx].any(),
+        "scale": site.facts.get("scale", 1.0),
+    }
+
+
+class Table(nn.Module):
+    """A table that is computed row by row; abstract: `rows` and `products` say how.
+
+    Padding is as in nn.Embedding: no gradient through the padding row, and a zero row stays zero.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        zero_padding: bool,
+        scale: float,
+        **own: int | float | str | list[int],
+    ) -> None:
+        super().__init__()
+        self.layout: Layout = {
+            "num_embeddings": num_embeddings,
+            "embedding_dim": embedding_dim,
+            **own,
+            "padding_idx": padding_idx,
+            "zero_padding": zero_padding,
+            "scale": scale,
+        }
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.zero_padding, self.scale = padding_idx, zero_padding, scale
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """Rows (N, D) of the table, without its scale."""
+        raise NotImplementedError
+
+    def products(self, hidden_ND: Tensor) -> Tensor:
+        """Products (N, V) of hidden states with all rows."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up ids (...) -> rows (..., D), times the table's own scale."""
+        rows_ND = self._padded_rows(ids.reshape(-1))
+        if self.scale != 1.0:
+            rows_ND = rows_ND * self.scale
+        return rows_ND.view(*ids.shape, self.embedding_dim)
+
+    def attend(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D)."""
+        logits_NV = self.products(hidden.reshape(-1, self.embedding_dim))
+        if self.padding_idx is not None and self.zero_padding:
+            keep_V = torch.arange(self.num_embeddings, device=hidden.device) != self.padding_idx
+            logits_NV = logits_NV * keep_V
+        return logits_NV.reshape(*hidden.shape[:-1], self.num_embeddings)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (V, D), built on demand; without the scale, as in the original module."""
+        device = next(self.parameters()).device
+        return self._padded_rows(torch.arange(self.num_embeddings, device=device))
+
+    def _padded_rows(self, ids_N: Tensor) -> Tensor:
+        rows_ND = self.rows(ids_N)
+        if self.padding_idx is None:
+            return rows_ND
+        fixed = torch.zeros_like(rows_ND) if self.zero_padding else rows_ND.detach()
+        return torch.where(ids_N.eq(self.padding_idx)[:, None], fixed, rows_ND)
+
+
+class CompressedTable(Table, Hard):
+    """A `Table` as it is deployed; abstract."""
+
+
+AnyTable = TypeVar("AnyTable", bound=CompressedTable)
+
+
+class SoftCodes(Soft, Generic[AnyTable]):
+    """Frozen codes with a decoder that trains: it computes exactly what its hardened form
+    computes."""
+
+    def __init__(self, coded: AnyTable, figures: dict[str, float]) -> None:
+        super().__init__()
+        self.coded = coded
+        self._figures = figures
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up ids (...) -> rows (..., D)."""
+        return self.coded(ids)  # type: ignore[no-any-return]
+
+    def attend(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D)."""
+        return self.coded.attend(hidden)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (V, D), built on demand."""
+        return self.coded.weight
+
+    def harden(self) -> Hard:
+        """Return the coded embedding itself."""
+        return self.coded
+
+    def facts(self) -> dict[str, float]:
+        """Reconstruction errors after fitting, before any training."""
+        return self._figures
+
+
+class LearningRate(Objective):
+    """Adds nothing to the loss; gives a site's parameters their own learning rate."""
+
+    name = "learning_rate"
+
+    def __init__(self, soft: Soft, learning_rate: float) -> None:
+        self.soft, self.learning_rate = soft, learning_rate
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group: all that the site trains."""
+        return [{"params": list(self.soft.parameters()), "lr": self.learning_rate}]
+
+
+@torch.no_grad()
+def reconstruction(table_VD: Tensor, rows: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """½||ŷ - x||² and ||ŷ - x|| averaged over rows, and the error relative to the table's variance.
+
+    `rows(ids_N)` computes rows (N, D).
+    """
+    squares, distances, spread = 0.0, 0.0, 0.0
+    mean_D = table_VD.float().mean(0)
+    for ids_N in torch.arange(len(table_VD), device=table_VD.device).split(8192):
+        expected_ND = table_VD[ids_N].float()
+        error_N = (rows(ids_N).float() - expected_ND).square().sum(-1)
+        squares, distances = squares + float(error_N.sum()), distances + float(error_N.sqrt().sum())
+        spread += float((expected_ND - mean_D).square().sum())
+    count = len(table_VD)
+    return {
+        "reconstruction_loss": squares / count / 2,
+        "mean_distance": distances / count,
+        "relative_error": squares / max(spread, 1e-30),
+    }
