@@ -445,7 +445,7 @@ def test_the_padding_row_is_kept_as_it_was(zero: bool) -> None:
     assert soft.coded.zero_padding is zero
     assert bool(soft(torch.tensor([5])).any()) is not zero
     soft(torch.tensor([5])).sum().backward()
-    assert not soft.coded.codebooks.grad.any()  # type: ignore[union-attr]
+    assert not soft.coded.codebooks.grad.any()
 
 
 def test_embed_scale_is_kept() -> None:

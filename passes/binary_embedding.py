@@ -1,0 +1,199 @@
+"""Near-lossless binarisation (NLB): a word is a string of bits, its vector what one small layer
+makes of them.
+
+Tissier, Gravier and Habrard, "Near-lossless Binarization of Word Embeddings", AAAI 2019
+(1803.09065). b = h(W x) with the Heaviside function, ŷ = f(Wᵀb + c) with f = tanh, learned from
+||x - ŷ||² and λ ½||WᵀW - I||²; W has no gradient through b, which is why encoder and decoder are
+tied. The paper keeps the bits alone; a layer of a language model has to give vectors back, so the
+decoder is kept too. tanh ends at 1 and the method needs values near it, which tables of language
+models are not: rows are divided by three times the table's standard deviation, and multiplied again
+on the way out. Matches embedding tables, tied heads included. Stored: n bits a row (rounded up to a
+byte), W (n, D) and c (D,) in the model's dtype. The dense table is never built: a lookup decodes
+its rows, a tied head decodes the vocabulary in tiles, or without an activation multiplies by W and
+then by bits, exactly.
+Shapes: V rows, D dimensions, n bits, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from plmcc.api import Miss, Objective, Pass, Site, Soft
+from plmcc.passes._binary import ACTIVATIONS, Binariser, codes_of, similarity_kept
+from plmcc.passes._bits import pack, row_bytes, unpack
+from plmcc.passes._tables import (
+    CompressedTable,
+    LearningRate,
+    SoftCodes,
+    common_layout,
+    matched_tables,
+    reconstruction,
+    table_of,
+)
+from plmcc.program import Program
+from plmcc.progress import Progress
+
+_TILE = 4096
+"""Rows that a tied head decodes at once."""
+_DEVIATIONS = 3.0
+"""Standard deviations of the table's values that fit into the range of tanh."""
+
+
+class BinaryEmbedding(Pass):
+    """Replace an embedding table by binary codes and the layer that turns them into vectors."""
+
+    preserves: ClassVar[Literal["lossy"]] = "lossy"
+    paper: ClassVar[str] = "Tissier, Gravier and Habrard, AAAI 2019, arXiv:1803.09065"
+    hazards: ClassVar[tuple[str, ...]] = (
+        "Without training afterwards the model loses quality; distil it in a `train` section.",
+        "Similarity of codes is kept better than the vectors themselves.",
+        "A tied head decodes the whole vocabulary for each call, unless `activation` is none.",
+    )
+
+    targets: str | list[str] = "input_embeddings"
+    """Which tables; a table tied to the output head takes the head along."""
+    bits: int = Field(256, ge=1, le=65536)
+    """n: bits of a code; any number."""
+    preset: Literal["paper", "official"] = "paper"
+    """`paper`: the paper's loss, shuffled, by Adam. `official`: the authors' program, step by
+    step."""
+    activation: Literal["tanh", "hard_tanh", "none"] | None = None
+    """f; by default tanh, or hard_tanh for the program. `none` makes a tied head two products."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the vocabulary; by default 20, or 5 for the program."""
+    batch_size: int = Field(75, ge=1)
+    """Rows in a step."""
+    learning_rate: float = Field(0.001, gt=0)
+    """Of W and c while codes are learned."""
+    regularisation: float = Field(1.0, ge=0)
+    """λ: weight of orthogonality beside the reconstruction."""
+    decoder_learning_rate: float | None = Field(None, gt=0)
+    """In training: of the decoder; by default the trainer's own."""
+    seed: int = Field(0, ge=0)
+    """Of the first weights and the batches; the program has its own."""
+
+    @model_validator(mode="after")
+    def _official_has_a_seed(self) -> BinaryEmbedding:
+        if self.preset == "official" and self.seed:
+            raise ValueError("`seed` has no effect with preset `official`: remove it")
+        return self
+
+    def match(self, program: Program) -> Iterator[Site | Miss]:
+        """Yield embedding tables; a table not larger than its own codes would be is a miss."""
+        yield from matched_tables(program, self.targets, self.expect, self._refusal)
+
+    def _refusal(self, rows: int, dims: int) -> str:
+        if rows * row_bytes(self.bits, 1) + 4 * dims * (self.bits + 1) >= 4 * rows * dims:
+            return (
+                f"{self.bits} bits a row and the decoder would be larger than the "
+                f"{rows} x {dims} table"
+            )
+        return ""
+
+    def replace(self, site: Site) -> Soft:
+        """Learn codes for the finished table (no task data), then freeze them; the decoder stays
+        trainable."""
+        table_VD = table_of(site)
+        binariser = self._binariser()
+        span = _DEVIATIONS * float(table_VD.float().square().mean().sqrt()) or 1.0
+        x_VD = table_VD.float() / span
+        if binariser.activation != "none":
+            x_VD = x_VD.clamp(-1, 1)
+        with Progress(f"codes for {site.path}") as progress:
+            weight_nD, bias_D = binariser.fit(x_VD, lambda done: progress.step("binarise", done))
+        codes_Vn = codes_of(x_VD, weight_nD)
+        hard = BinaryCodedEmbedding(
+            **common_layout(site), bits=self.bits, activation=binariser.activation, span=span
+        ).to(table_VD.device)
+        hard.codes.copy_(pack(codes_Vn, 1))
+        hard.decoder = nn.Parameter(weight_nD.to(table_VD.dtype).contiguous())
+        hard.bias = nn.Parameter(bias_D.to(table_VD.dtype).contiguous())
+        figures = reconstruction(table_VD, hard.rows) | {
+            "ones": float(codes_Vn.float().mean()),
+            "distinct_codes": len(codes_Vn.unique(dim=0)) / len(codes_Vn),
+            "similarity": similarity_kept(table_VD, codes_Vn),
+        }
+        return SoftCodes(hard, figures)
+
+    def _binariser(self) -> Binariser:
+        official = self.preset == "official"
+        return Binariser(
+            bits=self.bits,
+            activation=self.activation or ("hard_tanh" if official else "tanh"),
+            official=official,
+            epochs=self.epochs or (5 if official else 20),
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            regularisation=self.regularisation,
+            seed=self.seed,
+        )
+
+    def objective(self, site: Site, soft: Soft) -> Objective | None:
+        """Codes are frozen and the decoder trains on the task's own loss, if asked at a rate of
+        its own."""
+        rate = self.decoder_learning_rate
+        return None if rate is None else LearningRate(soft, rate)
+
+
+class BinaryCodedEmbedding(CompressedTable):
+    """Packed codes (V, ⌈n/8⌉) uint8, decoder (n, D) and bias (D,): rows are span·f(Wᵀb + c)."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        activation: str,
+        span: float,
+        padding_idx: int | None = None,
+        zero_padding: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            zero_padding,
+            scale,
+            bits=bits,
+            activation=activation,
+            span=span,
+        )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"no activation {activation!r}: {', '.join(ACTIVATIONS)}")
+        self.bits, self.activation, self.span = bits, activation, span
+        width = row_bytes(bits, 1)
+        self.register_buffer("codes", torch.zeros(num_embeddings, width, dtype=torch.uint8))
+        self.codes: Tensor
+        self.decoder = nn.Parameter(torch.zeros(bits, embedding_dim))
+        self.bias = nn.Parameter(torch.zeros(embedding_dim))
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """Rows (N, D), decoded from their bits."""
+        return self._decoded(self.codes[ids_N])
+
+    def products(self, hidden_ND: Tensor) -> Tensor:
+        """Products (N, V), by tiles of the vocabulary."""
+        tiles = self.codes.split(_TILE)
+        if self.activation != "none":
+            return torch.cat([hidden_ND @ self._decoded(tile).T for tile in tiles], -1)
+        with_bits_Nn = hidden_ND @ self.decoder.T
+        with_bias_N1 = (hidden_ND @ self.bias)[:, None]
+        products = [with_bits_Nn @ self._bits(tile).T for tile in tiles]
+        return (torch.cat(products, -1) + with_bias_N1) * self.span
+
+    def _decoded(self, packed_NB: Tensor) -> Tensor:
+        inner_ND = torch.addmm(self.bias, self._bits(packed_NB), self.decoder)
+        return ACTIVATIONS[self.activation](inner_ND) * self.span
+
+    def _bits(self, packed_NB: Tensor) -> Tensor:
+        return unpack(packed_NB, self.bits, 1).to(self.decoder.dtype)
+
+    def ideal_bits(self) -> int:
+        """|V|·n + 32·D·(n + 1): the paper's bits, and a float32 decoder."""
+        return self.num_embeddings * self.bits + 32 * self.embedding_dim * (self.bits + 1)
