@@ -57,7 +57,8 @@ class Distillation:
         if sizes[0] != sizes[1]:
             message = "the teacher has another vocabulary, and would misread every token"
             given = f"{sizes[0]} and {sizes[1]} tokens"
-            raise error("PLM303", message, "train.distill.teacher", given=given)
+            cure = "name a teacher with the student's tokenizer, or `original`"
+            raise error("PLM303", message, "train.distill.teacher", given=given, cure=cure)
         if self.settings.hidden_states or self.settings.pooled:
             widths = [part.config.get_text_config().hidden_size for part in (model, self.teacher)]
             if widths[0] != widths[1]:
