@@ -143,6 +143,21 @@ def pruning(rows: list[dict[str, Any]]) -> str:
     return markdown(head, lines) + ("\n" + costs if steps else "")
 
 
+def vectors(rows: list[dict[str, Any]]) -> str:
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    datasets.sort(key="preservation".__ne__)
+    runs: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        key = (row["method"], row["bits"])
+        runs.setdefault(key, {})[row["dataset"]] = row["spearman"]
+    short = [name.removeprefix("EN-").split("-")[0] for name in datasets]
+    lines = [
+        (method, str(bits or ""), *(f"{run[d]:.1f}" if d in run else "" for d in datasets))
+        for (method, bits), run in runs.items()
+    ]
+    return markdown(("", "bits", *short), lines)
+
+
 def _number(target: Any) -> float:
     found = re.match(r"[\d.]+", str(target))
     return float(found.group()) if found else 0.0
@@ -178,6 +193,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "minilm_codes": minilm_codes,
     "pruning": pruning,
     "translation": translation,
+    "vectors": vectors,
 }
 
 

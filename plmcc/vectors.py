@@ -1,7 +1,7 @@
 """Word vectors in memory: as a dictionary, with gensim's names, nearest words and evaluation.
 
 ```python
-vectors = plmcc.vectors.load("glove.txt.gz")
+vectors = load("glove.txt.gz")  # from plmcc.vectors import load
 vectors["king"]; vectors.most_similar("king", topn=5)
 ```
 """
