@@ -133,6 +133,9 @@ class Objective:
     """What a site adds to training: a loss, its own parameter groups, and a clock."""
 
     name: ClassVar[str] = ""
+    share: float = 0.0
+    """Share of the training loss that `loss` takes the place of: all else is weighed by
+    1 - share, the largest of all objectives."""
 
     def begin(self, steps: int) -> None:
         """Hear how many optimiser steps the stage has, before the first of them.

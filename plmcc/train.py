@@ -309,6 +309,7 @@ class _Trainer(Trainer):
         teacher = self.distill.teach(batch) if self.distill else None
         if self.distill and teacher is not None:
             loss = self.distill.task_weight * loss + self.distill.loss(batch, output, teacher)
+        loss = loss * (1 - max((one.share for one in self.objectives), default=0.0))
         for objective in self.objectives:
             extra = objective.loss(batch, output, teacher)
             loss = loss if extra is None else loss + extra
