@@ -63,7 +63,7 @@ class AdaptiveCodes(Pass):
     paper: ClassVar[str] = "Kim, Kim and Lee, ACL 2020, aclanthology.org/2020.acl-main.364"
     hazards: ClassVar[tuple[str, ...]] = (
         "Reconstructed from the paper's abstract: coefficients and schedules are not the paper's.",
-        "Words that the training data does not show get the shortest codes.",
+        "Without a budget, words that the training data does not show get the shortest codes.",
     )
 
     targets: str | list[str] = "input_embeddings"
