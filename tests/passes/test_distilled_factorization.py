@@ -137,12 +137,10 @@ def test_entries_that_are_not_positive_have_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("rows", "dims", "parameters"),
     [
-        (30522, 768, 2_002_560),
-        (50257, 768, 3_265_600),
-        (400_000, 300, 25_619_200),
+        (30522, 768, 2_002_560), (50257, 768, 3_265_600), (400_000, 300, 25_619_200),
         (151_936, 1024, 9_789_440),
     ],
-)
+)  # fmt: skip
 def test_exact_sizes(rows: int, dims: int, parameters: int) -> None:
     with torch.device("meta"):
         dense, small = (FactorizedEmbedding(rows, dims, 64, s) for s in ("dense", "uint8"))
@@ -153,10 +151,6 @@ def test_exact_sizes(rows: int, dims: int, parameters: int) -> None:
 
 
 # --- training
-
-
-class Output(dict[str, Any]):
-    """What an objective is given of a model's output."""
 
 
 def lesson() -> Lesson:
@@ -218,7 +212,7 @@ def test_the_objective_is_the_mean_square_over_the_vocabulary() -> None:
     objective = DistilledFactorization(rank=6, alpha=0.25).objective(site(table), soft)
     assert isinstance(objective, DistilledTable)
     assert objective.share == 0.75
-    loss = objective.loss({}, Output(), None)
+    loss = objective.loss({}, {}, None)
     assert loss is not None
     expected = 0.75 * (soft.weight - table).square().sum(-1).mean()
     torch.testing.assert_close(loss, expected)
@@ -331,10 +325,8 @@ def test_scaled_embeddings_keep_their_scale() -> None:
 def test_three_tied_tables_stay_one() -> None:
     model: Any = tiny("t5")
     hardened(model, DistilledFactorization(**OPTIONS))
-    assert [n for n in model.state_dict() if n.endswith(("factor", "basis"))] == [
-        "shared.factor",
-        "shared.basis",
-    ]
+    stored = [n for n in model.state_dict() if n.endswith(("factor", "basis"))]
+    assert stored == ["shared.factor", "shared.basis"]
     ids = torch.arange(9)
     assert torch.equal(model.shared(ids), model.decoder.embed_tokens(ids))
 
@@ -394,17 +386,11 @@ def test_two_passes_cannot_have_one_table() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"rank": 0},
-        {"alpha": -0.1},
-        {"alpha": 1.1},
-        {"fit_steps": -1},
-        {"fit_learning_rate": 0.0},
-        {"initialisation": "svd"},
-        {"storage": "csr"},
-        {"seed": 1},
+        {"rank": 0}, {"alpha": -0.1}, {"alpha": 1.1}, {"fit_steps": -1},
+        {"fit_learning_rate": 0.0}, {"initialisation": "svd"}, {"storage": "csr"}, {"seed": 1},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_options_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         DistilledFactorization(**wrong)
