@@ -343,9 +343,8 @@ def test_a_table_of_zeros() -> None:
     for start in STARTS:
         soft = factored(torch.zeros(50, 8), 3, initialisation=start, fit_steps=2)
         assert soft(torch.arange(50)).isfinite().all()
-    factor, basis = fit_factors(
-        torch.zeros(5, 4), shifted_factors(torch.zeros(5, 4), 2), 1, 0.1, lambda _: None
-    )
+    zeros = torch.zeros(5, 4)
+    factor, basis = fit_factors(zeros, shifted_factors(zeros, 2), 1, 0.1, lambda _: None)
     assert not (factor.relu() @ basis).any()
 
 
