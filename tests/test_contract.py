@@ -35,7 +35,8 @@ from plmcc.diagnostics import PlmccError
 from plmcc.program import Program
 from plmcc.recipe import Recipe, parse_recipe
 
-PASSES = catalog.names()
+# What prepares model and tokenizer before anything is matched rewrites no module.
+PASSES = [name for name in catalog.names() if catalog.load(name).prepare is Pass.prepare]
 LOWER_PRECISION = ("bert", "gpt2", "t5", "mbart")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -32,8 +32,6 @@ from plmcc.recipe import parse_recipe
 from plmcc.rewrite import match
 from plmcc.source import Source, load_source
 
-OPTIONS = {"text": "sentences.txt"}
-
 SENTENCES = Path(__file__).parents[2] / "examples/sentences.txt"
 LINES = SENTENCES.read_text(encoding="utf-8").splitlines()
 KEPT, DROPPED = LINES[:20], LINES[20:]
