@@ -130,7 +130,7 @@ class MovementPruning(Pass):
     """How long the final density holds at the end: a fraction, or from 1 on, steps."""
     initialisation: Literal["constant", "sensitivity"] = "constant"
     """Movement: scores begin equal, as in the paper, or, when the warm-up is over, with the ranks
-    of the squared gradients that their masks have had in it: better in short trainings."""
+    of the squared gradients that their masks have had in it: meant for short trainings."""
     score_learning_rate: float | None = Field(None, gt=0)
     """Of the scores; 0.01 by default, 0.1 for L0."""
     compact: bool = True

@@ -59,6 +59,10 @@ class PruneVocabulary(Pass):
     keep: int | None = Field(None, ge=1)
     """At most so many tokens, the most frequent, besides those that are always kept."""
 
+    def reads(self) -> list[str]:
+        """Return the files of text."""
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Refuse: when passes are matched, it is too late for another tokenizer."""
         reason = "the tokenizer changes with it: give it to `plmcc apply`, in the first stage"
@@ -112,7 +116,7 @@ class PruneVocabulary(Pass):
         tokenizer = source.need_tokenizer("`prune_vocabulary`")
         counts = np.zeros(len(tokenizer), dtype=np.int64)
         seen: set[str] = set()
-        for file in data_files(self.text, base):
+        for file in data_files(self.reads(), base):
             lines = _lines(file)
             while part := list(islice(lines, _LINES)):
                 encoded = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]

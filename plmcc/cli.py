@@ -112,6 +112,9 @@ def apply(
         bool, typer.Option("--overwrite", help="Replace a result that plmcc wrote there.")
     ] = False,
     overrides: Overrides = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Word vectors: leave broken lines out.")
+    ] = False,
 ) -> None:
     """Apply a recipe to a model: rewrite, train, write, and verify in a fresh process."""
     from plmcc.recipe import load_recipe
@@ -128,11 +131,21 @@ def apply(
 
     calm()
     loaded = load_recipe(recipe, overrides or (), real=True)
+    given = _vectors(model, loaded.task) if skip_broken else model
     result = apply_recipe(
-        loaded, model, output, overwrite=overwrite, base=recipe.parent, say=typer.echo
+        loaded, given, output, overwrite=overwrite, base=recipe.parent, say=typer.echo
     )
     print_summary(result, Console())
     typer.echo(f"written to {result.folder}; a fresh process reloaded it with the same outputs")
+
+
+def _vectors(model: str | None, task: str) -> Any:
+    from plmcc.source import is_vectors, load_source
+
+    if model is None or not is_vectors(Path(model)):
+        given = model or "no model"
+        raise error("PLM502", "this goes with a file of word vectors", "--skip-broken", given=given)
+    return load_source(model, task, broken="skip")
 
 
 @app.command()

@@ -55,6 +55,8 @@ class Result:
     reload_difference: float = 0.0
     """Largest difference of the probe outputs after reloading, relative to their scale."""
     folder: Path | None = None
+    base: Path | None = None
+    """Where relative paths of data start besides the current folder."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     """Rewrite, train and harden a loaded model in place, and evaluate it. Writes nothing."""
     set_seed(recipe.seed)
     model = source.model.eval()
-    result, given = Result(model), Inventory.of(model)
+    result, given = Result(model, base=base), Inventory.of(model)
     _check_lower(recipe, model)
     _check_trained(recipe)
     rows = evaluation_rows(recipe, source, base)

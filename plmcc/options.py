@@ -49,6 +49,10 @@ class Pass(BaseModel):
         not."""
         return ""
 
+    def reads(self) -> list[str]:
+        """Return the data files that this pass reads by itself; their digests are recorded."""
+        return []
+
     def prepare(self, source: Source, base: Path | None) -> dict[str, float] | None:
         """Change model and tokenizer in place, before data is encoded and anything is matched.
 

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from plmcc import catalog
 from plmcc.data import data_files
+from plmcc.diagnostics import PlmccError
 from plmcc.page import page
 from plmcc.recipe import Recipe, Scratch, TrainTokenizer
 from plmcc.size import file_bytes
-from plmcc.source import Source, file_digest, folder_digests, write_json
+from plmcc.source import Source, file_digest, folder_digests, is_vectors, write_json
 from plmcc.tasks import auto_class
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def report(recipe: Recipe, source: Source, result: Result) -> dict[str, Any]:
     }
 
 
+def _base_files(source: Source) -> dict[str, str]:
+    file = Path(source.name)
+    return folder_digests(file if is_vectors(file) else source.folder)
+
+
 def write_documents(recipe: Recipe, source: Source, result: Result, folder: Path) -> None:
     """Write recipe.yaml, report.json, report.html, plmcc.lock.json and the model card."""
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -77,10 +83,10 @@ def write_documents(recipe: Recipe, source: Source, result: Result, folder: Path
     found = page(report(recipe, source, result), result.pictures)
     (folder / "report.html").write_text(found, encoding="utf-8")
     (folder / "README.md").write_text(model_card(recipe, source, result), encoding="utf-8")
-    write_json(folder / "plmcc.lock.json", lock(recipe, source, folder))
+    write_json(folder / "plmcc.lock.json", lock(recipe, source, folder, result.base))
 
 
-def lock(recipe: Recipe, source: Source, folder: Path) -> dict[str, Any]:
+def lock(recipe: Recipe, source: Source, folder: Path, base: Path | None = None) -> dict[str, Any]:
     """Return what would have to be equal to get the same artifact again, and the digests of what
     was written."""
     named = [
@@ -91,15 +97,16 @@ def lock(recipe: Recipe, source: Source, folder: Path) -> dict[str, Any]:
         for s in (data.train, data.target, data.eval, data.eval_target)
         if s
     ]
+    named += [s for stage in recipe.steps() for chosen in stage.passes for s in chosen.reads()]
     named += [s for asked in recipe.evaluate for s in (asked.data, asked.target) if s]
     if isinstance(recipe.model, Scratch) and isinstance(recipe.model.tokenizer, TrainTokenizer):
         named.append(recipe.model.tokenizer.train)
-    files = {str(file): file_digest(file) for name in named for file in _existing(name)}
+    files = {str(file): file_digest(file) for name in named for file in _existing(name, base)}
     passes = {catalog.name_of(type(p)) for stage in recipe.steps() for p in stage.passes}
     return {
         "recipe": recipe.digest(),
         "seed": recipe.seed,
-        "base_model": {"name": source.name, "files": folder_digests(source.folder)},
+        "base_model": {"name": source.name, "files": _base_files(source)},
         "data": files,
         "passes": {name: catalog.entry(name).origin for name in sorted(passes)},
         "versions": versions(),
@@ -112,14 +119,10 @@ def lock(recipe: Recipe, source: Source, folder: Path) -> dict[str, Any]:
     }
 
 
-def _existing(name: str | list[str]) -> list[Path]:
-    from plmcc.diagnostics import PlmccError
-
+def _existing(name: str | list[str], base: Path | None) -> list[Path]:
     try:
-        return data_files(name)
-    except (
-        PlmccError
-    ):  # found beside the recipe instead: its digest is of no use under another path
+        return data_files(name, base)
+    except PlmccError:  # a data set of the hub
         return []
 
 

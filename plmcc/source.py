@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -111,7 +111,12 @@ class Source:
         )  # fmt: skip
 
 
-def load_source(name: str | Path, task: str = "auto", head: dict[str, Any] | None = None) -> Source:
+def load_source(
+    name: str | Path,
+    task: str = "auto",
+    head: dict[str, Any] | None = None,
+    broken: Literal["refuse", "skip"] = "refuse",
+) -> Source:
     """Load a model to compress.
 
     Args:
@@ -119,13 +124,14 @@ def load_source(name: str | Path, task: str = "auto", head: dict[str, Any] | Non
         task: a task of the recipe, or "auto" to take it from the checkpoint.
         head: values of the config (number or names of labels), if the checkpoint has no head of its
             own for the task.
+        broken: what to do with broken lines of a file of word vectors.
 
     Raises:
         PlmccError: the model cannot be found or read.
     """
     folder: Path | None = Path(name) if Path(name).is_dir() else None
     if is_vectors(Path(name)):
-        return _vectors(Path(name))
+        return _vectors(Path(name), broken)
     if folder is None:
         _check_not_local(str(name))
     config = _config(name)
@@ -146,11 +152,11 @@ def is_vectors(file: Path) -> bool:
     return file.is_file() and suffix in (".txt", ".vec", ".bin", ".npy")
 
 
-def _vectors(file: Path) -> Source:
+def _vectors(file: Path, broken: Literal["refuse", "skip"]) -> Source:
     from plmcc.vectors import load
     from plmcc.vectors_model import model_of
 
-    vectors = load(file)
+    vectors = load(file, broken=broken)
     model, tokenizer = model_of(vectors)
     return Source(model, "feature-extraction", str(file), tokenizer, notes=vectors.notes)
 
@@ -263,9 +269,11 @@ def file_digest(file: Path) -> str:
 
 
 def folder_digests(folder: Path | None) -> dict[str, str]:
-    """Return the SHA-256 of each weight file and config of a model directory."""
+    """Return the SHA-256 of each weight file and config of a model directory, or of a file."""
     if folder is None:
         return {}
+    if folder.is_file():
+        return {folder.name: file_digest(folder)}
     files = sorted(
         f
         for f in folder.iterdir()

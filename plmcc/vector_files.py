@@ -42,7 +42,7 @@ class Lines:
             PlmccError: broken lines are refused.
         """
         if self.broken == "refuse":
-            cure = "repair the file, or skip such lines (`--skip-broken`)"
+            cure = "repair the file, or add --skip-broken"
             raise error("PLM301", message, f"{self.file}:{number}", cure=cure)
         self.skipped.append(f"line {number}: {message}")
 
@@ -177,18 +177,19 @@ def _split(line: bytes, width: int) -> tuple[bytes, Table | None]:
     except ValueError:
         row = None
     extra = raw.split(b" ")
-    if row is not None and len(extra) > 1 and _number(extra[-1]):
+    if row is not None and len(extra) > 1 and b"." in extra[-1] and is_number(extra[-1]):
         row = np.empty(width + len(extra) - 1, np.float32)  # too many numbers, not a word of many
         raw = extra[0]
     return raw.lstrip(), row
 
 
-def _number(text: bytes) -> bool:
+def is_number(text: str | bytes) -> bool:
+    """Say whether a text can be read as a number."""
     try:
         float(text)
     except ValueError:
         return False
-    return b"." in text
+    return True
 
 
 def _binary(state: Lines) -> Table:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from plmcc.diagnostics import did_you_mean, error
-from plmcc.vector_files import Broken, Table, read
+from plmcc.vector_files import Broken, Table, is_number, read
 
 
 def load(file: str | Path, words: str | Path | None = None, broken: Broken = "refuse") -> Vectors:
@@ -165,20 +165,12 @@ def _rows(file: Path) -> list[list[str]]:
         raise error("PLM301", f"it cannot be read: {problem}", str(file)) from None
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith((":", "#"))]
     rows = [line.replace(",", " ").replace(";", " ").split() for line in lines]
-    if rows and len(rows[0]) >= 3 and not _is_number(rows[0][2]) and len(rows[0]) != 4:
+    if rows and len(rows[0]) >= 3 and not is_number(rows[0][2]) and len(rows[0]) != 4:
         rows = rows[1:]  # a header
     if not rows or any(len(row) < 3 for row in rows):
         message = "this is neither pairs of words with a similarity nor analogies of four words"
         raise error("PLM301", message, str(file))
     return rows
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _found(words: Sequence[str], known: Mapping[str, str]) -> list[str] | None:
@@ -191,7 +183,7 @@ def _similarities(
 ) -> Score:
     ours, theirs = [], []
     for number, row in enumerate(rows, 1):
-        if not _is_number(row[2]):
+        if not is_number(row[2]):
             given = " ".join(row)
             raise error("PLM301", "the third column is no number", f"{file}:{number}", given=given)
         pair = _found(row[:2], known)

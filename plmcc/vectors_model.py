@@ -72,7 +72,8 @@ def model_of(vectors: Vectors) -> tuple[WordVectors, FastTokenizer]:
         model = WordVectors(config)
     table = nn.Embedding.from_pretrained(torch.from_numpy(vectors.vectors), freeze=False)
     model.set_input_embeddings(table)
-    raw = Tokenizer(models.WordLevel(vectors.key_to_index, unk_token=vectors.index_to_key[0]))
+    # No unknown token: a word without a vector is an error, not another word.
+    raw = Tokenizer(models.WordLevel(vectors.key_to_index, unk_token=""))
     raw.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
     tokenizer = FastTokenizer(tokenizer_object=raw)
     model.train(False)

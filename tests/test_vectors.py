@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import subprocess
 import sys
 import tracemalloc
@@ -229,6 +230,8 @@ def test_a_recipe_compresses_them(tmp_path: Path) -> None:
     assert found.index_to_key == words
     error = np.linalg.norm(found.vectors - table) / np.linalg.norm(table)
     assert 0 < error < 0.5
+    lock = json.loads((tmp_path / "out/plmcc.lock.json").read_text())
+    assert list(lock["base_model"]["files"]) == ["vectors.txt"]
     done = run("nearest", tmp_path / "out", "new york", "--top", "1")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split("\t")[1].strip() == found.most_similar("new york", topn=1)[0][0]
@@ -236,6 +239,29 @@ def test_a_recipe_compresses_them(tmp_path: Path) -> None:
     apply(parse_recipe(SMALL, real=True), tmp_path / "bert", tmp_path / "no vectors")
     with pytest.raises(PlmccError, match="holds no word vectors"):
         vectors.load(tmp_path / "no vectors")
+
+
+def test_apply_leaves_broken_lines_out_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(SMALL)
+    file = tmp_path / "vectors.txt"
+    lines = [f"w{i} {i} {-i} {i % 7} 1" for i in range(99)]
+    file.write_text("\n".join([*lines[:50], "x 1 2", *lines[50:]]))
+    command = [sys.executable, "-m", "plmcc.cli", "apply", str(tmp_path / "recipe.yaml")]
+    out = ["-o", str(tmp_path / "out")]
+    done = subprocess.run([*command, str(file), *out], capture_output=True, text=True)
+    assert (done.returncode, "vectors.txt:51: error PLM301" in done.stderr) == (1, True)
+    assert "add --skip-broken" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(
+        [*command, str(file), *out, "--skip-broken"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "line 51: `x` has 2 numbers" in done.stdout
+    assert len(vectors.load(tmp_path / "out")) == 99
+    done = subprocess.run(
+        [*command, str(tmp_path), *out, "--skip-broken"], capture_output=True, text=True
+    )
+    assert (done.returncode, "goes with a file of word vectors" in done.stderr) == (1, True)
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
