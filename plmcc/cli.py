@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plmcc import cli_vectors
+from plmcc import cli_compare, cli_vectors
 from plmcc.diagnostics import PlmccError, error
 
 _INTERRUPTED = 130  # what typer exits with after Ctrl-C
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_vectors.app, name="vectors")
+app.command("compare")(cli_compare.compare)
 
 
 class Format(StrEnum):

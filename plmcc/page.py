@@ -15,7 +15,7 @@ td, th { border-bottom: 1px solid #ccc; padding: .2em .8em; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
 svg { height: auto; margin: 1em; max-width: 100%; }
 """
-_MISSING = "The report has pictures where matplotlib is installed: pip install 'plmcc[report]'"
+NO_PICTURES = "<p>Pictures need matplotlib: pip install 'plmcc[report]'</p>"
 
 
 def page(values: Mapping[str, Any], pictures: Sequence[Pictured]) -> str:
@@ -25,9 +25,15 @@ def page(values: Mapping[str, Any], pictures: Sequence[Pictured]) -> str:
         values: what `plmcc.report.report` returns.
         pictures: what the passes hand over to draw.
     """
-    title = escape(f"{values['recipe']}: {values['model']}")
+    title = f"{values['recipe']}: {values['model']}"
+    return document(title, [*_tables(values), *_pictures(values, pictures)])
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Return a page that needs no other file, of parts in HTML."""
+    title = escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    body = "\n".join([f"<h1>{title}</h1>", *_tables(values), *_pictures(values, pictures)])
+    body = "\n".join([f"<h1>{title}</h1>", *parts])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
@@ -38,24 +44,24 @@ def _pictures(values: Mapping[str, Any], pictures: Sequence[Pictured]) -> Iterat
     if drawable():
         yield from draw(pictures, values["training"])
     else:
-        yield f"<p>{escape(_MISSING)}</p>"
+        yield NO_PICTURES
 
 
 def _tables(values: Mapping[str, Any]) -> Iterator[str]:
     before, after = values["bytes_before"], values["bytes_after"]
     parts = [(name, before.get(name, 0), after.get(name, 0)) for name in {**before, **after}]
     parts.append(("all tensors", sum(before.values()), sum(after.values())))
-    yield _table("Bytes", ("", "before", "after"), parts)
+    yield table("Bytes", ("", "before", "after"), parts)
     metrics = [
         (f"{m['metric']} on {m['data']}", m["before"], m["after"]) for m in values["metrics"]
     ]
-    yield _table("Figures", ("", "before", "after"), metrics)
+    yield table("Figures", ("", "before", "after"), metrics)
     latency = [tuple(row.values()) for row in values["latency"]]
-    yield _table("Latency", tuple(values["latency"][0]) if latency else (), latency)
+    yield table("Latency", tuple(values["latency"][0]) if latency else (), latency)
     yield _training(values["training"])
     yield _sites(values["sites"])
     misses = [(miss["path"], miss["reason"]) for miss in values["misses"]]
-    yield _table("Left as it was", ("", "because"), misses)
+    yield table("Left as it was", ("", "because"), misses)
 
 
 def _training(training: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
@@ -64,7 +70,7 @@ def _training(training: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         for stage, log in training.items()
         for name, pairs in curves(log).items()
     ]
-    return _table("Training", ("", "first", "last", "at step"), rows)
+    return table("Training", ("", "first", "last", "at step"), rows)
 
 
 def _sites(sites: Sequence[Mapping[str, Any]]) -> str:
@@ -73,10 +79,11 @@ def _sites(sites: Sequence[Mapping[str, Any]]) -> str:
         (site["paths"][0], site["pass"], *(site["figures"].get(name) for name in names))
         for site in sites
     ]
-    return _table("Rewritten", ("", "pass", *names), rows)
+    return table("Rewritten", ("", "pass", *names), rows)
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table with a heading; nothing where it would have no rows."""
     if not rows:
         return ""
     lines = ["".join(f"<td>{escape(_text(cell))}</td>" for cell in row) for row in rows]

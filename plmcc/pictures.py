@@ -60,6 +60,42 @@ def draw(
         yield _points(number, one)
 
 
+class Dot(NamedTuple):
+    """One way to make a model smaller, for `front`."""
+
+    name: str
+    kind: str
+    size: int
+    """Bytes."""
+    quality: float
+    best: bool
+    """Whether it is on the Pareto front."""
+
+
+def front(title: str, dots: Sequence[Dot], x: str, y: str) -> str:
+    """Return an SVG of quality against bytes, the Pareto front a line.
+
+    Dots are in groups `dot:<number>:<name>`, the line is `front`.
+    """
+
+    def fill(axes: Any) -> None:
+        for index, kind in enumerate(dict.fromkeys(dot.kind for dot in dots)):
+            of_kind = [(n, dot) for n, dot in enumerate(dots, 1) if dot.kind == kind]
+            for number, dot in of_kind:
+                label = kind if number == of_kind[0][0] else None
+                (drawn,) = axes.plot(dot.size, dot.quality, "o", color=f"C{index}", label=label)
+                drawn.set_gid(_id("dot", number, dot.name))
+                offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 6}
+                axes.annotate(dot.name, (dot.size, dot.quality), **offset)
+        best = sorted((dot.size, dot.quality) for dot in dots if dot.best)
+        (line,) = axes.plot(*zip(*best, strict=True), color="0.6", zorder=0, label="Pareto front")
+        line.set_gid("front")
+        axes.set(title=title, xlabel=x, ylabel=y, xscale="log")
+        axes.legend(loc="lower right")
+
+    return _svg(1, fill, wide=8.0)
+
+
 def curves(log: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:
     """Return the logged figures by name: pairs of step and value, of those with two or more."""
     found: dict[str, list[tuple[float, float]]] = {}

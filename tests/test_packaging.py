@@ -27,7 +27,7 @@ def test_the_wheel_holds_one_top_level_package(wheel: Path) -> None:
 def test_the_wheel_holds_every_pass_recipe_and_the_type_marker(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = [f"plmcc/passes/{file.name}" for file in (ROOT / "passes").glob("*.py")]
-    sources += [f"plmcc/recipes/{file.name}" for file in (ROOT / "recipes").glob("*.yaml")]
+    sources += [f"plmcc/{file.relative_to(ROOT)}" for file in ROOT.glob("recipes/**/*.yaml")]
     sources += [f"plmcc/{file.name}" for file in (ROOT / "plmcc").glob("*.py")]
     assert {*sources, "plmcc/py.typed"} <= names
 

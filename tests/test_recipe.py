@@ -583,7 +583,7 @@ def test_the_schema_accepts_good_recipes(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda f: f.name
+    "file", sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml")), ids=lambda f: f.name
 )
 def test_shipped_recipes(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
