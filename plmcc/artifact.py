@@ -220,10 +220,8 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
 
     primary = _locate(model, record.paths[0])
     if primary is None:
-        if model.base_model is model and type(model).__name__ not in (
-            model.config.architectures or ()
-        ):
-            return  # a part of the head that the base model does not have
+        if type(model).__name__ not in (model.config.architectures or ()):
+            return  # a part of the head that another class does not have
         raise error("PLM402", f"the model has no module {record.paths[0]}", "config.json")
     hard = build(record)
     others = {

@@ -167,6 +167,8 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
         _stage(stage, matched, lessons.get(stage.name), result, say)
         if cached:
             check_cache(model, probe_inputs(model))
+    if recipe.lower is not None and recipe.lower.quantize is not None:
+        _quantize(recipe, recipe.lower.quantize, result, say)
     if result.records:  # a model without passes stays one that transformers loads alone
         artifact.adopt(model, result.records)
     rewritten = [item.paths[0] for item in result.records]
@@ -289,6 +291,13 @@ def _stage(
         {"pass": d.name, "paths": list(d.site.paths), "figures": d.soft.facts(), "layout": r.layout}
         for d, r in zip(done, records, strict=True)
     ]
+
+
+def _quantize(recipe: Recipe, scheme: str, result: Result, say: Say) -> None:
+    """Round the linear layers that are left: a last stage, without training."""
+    stage = Stage(name="quantize", passes=[catalog.load("quantized_linears")(scheme=scheme)])  # type: ignore[call-arg]
+    place = recipe.place(("lower", "quantize"))
+    _stage(stage, rewrite.match(result.model, stage.passes, [place]), None, result, say)
 
 
 def _check_equal(before: torch.Tensor, after: torch.Tensor, allowed: float, what: str) -> None:

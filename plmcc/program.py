@@ -327,8 +327,10 @@ def _is_block(module: nn.Module) -> bool:
     if is_rewritten(module):
         return True
     attention = [child for child in module.modules() if is_attention(child)]
-    inside = {id(p) for child in attention for p in child.parameters()}
-    outside = (p for p in module.parameters() if p.dim() > 1 and id(p) not in inside)
+    # Integers that a pass has put in the place of weights are buffers.
+    inside = {id(t) for child in attention for t in (*child.parameters(), *child.buffers())}
+    tensors = chain(module.parameters(), module.buffers())
+    outside = (t for t in tensors if t.dim() > 1 and id(t) not in inside)
     return bool(attention) and next(outside, None) is not None
 
 

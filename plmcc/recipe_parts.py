@@ -267,8 +267,18 @@ class Evaluate(Node):
 class Lower(Node):
     """What the finished model is compiled to."""
 
-    to: Annotated[list[Literal["compile", "aoti"]], Field(min_length=1)]
+    to: list[Literal["compile", "aoti"]] = Field(default_factory=list)
     """The targets. `compile`: latency is measured through torch.compile. `aoti`: the result has a
     folder `aoti` as `plmcc export` writes it (translation models)."""
+    quantize: Literal["int8", "int4", "int8_dynamic"] | None = None
+    """Round the linear layers that remain, as the pass `quantized_linears` with this scheme."""
     dynamic: bool = True
     """Compile for any batch size and length; `aoti` always does."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Lower:
+        if not (self.to or self.quantize):
+            raise invalid(
+                "PLM108", "`lower` does nothing", cure="add `to: [compile]` or `quantize`"
+            )
+        return self

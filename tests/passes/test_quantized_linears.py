@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import inputs, tiny
+from torch import nn
+from words import words
+
+import plmcc
+from plmcc.diagnostics import PlmccError
+from plmcc.passes.quantized_linears import QuantizedLinear, QuantizedLinears
+from plmcc.recipe import parse_recipe
+from plmcc.rewrite import harden_all, match, replace_all
+
+torchao = pytest.importorskip("torchao", reason="the extra `quantize` is not installed")
+
+SCHEMES = ("int8", "int4", "int8_dynamic")
+HEAD = "plmcc: 1\nname: small\npasses:\n  - compositional_codes: {codebooks: 4, codewords: 8}\n"
+
+
+def quantised(name: str, **options: Any) -> Any:
+    model = tiny(name)
+    return harden_all(model, replace_all(model, match(model, [QuantizedLinears(**options)]))), model
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_are_within_half_a_step(scheme: str) -> None:
+    """Every weight is one of the levels, and the nearest one."""
+    original: Any = tiny("bert")
+    _, model = quantised("bert", scheme=scheme)
+    path = "bert.encoder.layer.0.intermediate.dense"
+    before, after = original.get_submodule(path), model.get_submodule(path)
+    assert isinstance(after, QuantizedLinear)
+    groups = after.scales.shape[1]
+    difference = (after.weight - before.weight).abs().reshape(before.out_features, groups, -1)
+    assert bool((difference <= after.scales[..., None] * 0.5001 + 1e-7).all())
+    assert int(after.levels.unique().numel()) > 8
+    assert after.bias is not None
+    assert torch.equal(after.bias, before.bias)
+
+
+def test_bytes_are_those_of_the_formula() -> None:
+    for scheme, width in (("int8", 32), ("int4", 16), ("int8_dynamic", 32)):
+        _, model = quantised("bert", scheme=scheme)
+        layer = model.get_submodule("bert.encoder.layer.0.intermediate.dense")
+        stored = {name: value.nbytes for name, value in layer.state_dict().items()}
+        assert stored == {"levels": 64 * width, "scales": 4 * 64, "bias": 4 * 64}
+
+
+def test_conv1d_is_read_the_other_way_round() -> None:
+    original: Any = tiny("gpt2")
+    _, model = quantised("gpt2")
+    weight = original.transformer.h[0].mlp.c_fc.weight.detach()
+    found = model.transformer.h[0].mlp.c_fc.weight
+    assert found.shape == weight.T.shape
+    assert torch.allclose(found, weight.T, atol=float(weight.abs().max()) / 200)
+
+
+def test_a_dynamic_layer_multiplies_integers_exactly() -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLinear(64, 24, "int8_dynamic", 1, True)
+    layer.levels.copy_(torch.randint(-127, 128, (24, 64)))
+    layer.scales.uniform_(0.01, 0.02)
+    x = torch.randn(3, 5, 64)
+    with torch.no_grad():
+        exact = layer(x)
+    assert torch.allclose(layer(x), exact, rtol=1e-6, atol=1e-6)  # with gradients: in floats
+    step = x.abs().amax(-1, keepdim=True) / 127
+    assert layer.bias is not None
+    expected = ((x / step).round() @ layer.levels.float().T) * step * layer.scales[:, 0]
+    assert torch.allclose(exact, expected + layer.bias, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        exact = nn.functional.linear(x, layer.weight, layer.bias)
+        assert float((layer(x) - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
+def test_a_tied_head_stays_with_its_table() -> None:
+    records, model = quantised("bert")
+    assert isinstance(model.get_output_embeddings(), nn.Linear)
+    assert not any("decoder" in record.paths[0] for record in records)
+
+
+def test_groups_that_do_not_fit_are_refused_with_the_number() -> None:
+    with pytest.raises(PlmccError, match="32 inputs are not whole groups of 24"):
+        match(tiny("bert"), [QuantizedLinears(scheme="int4", group=24)])
+
+
+def test_without_torchao_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    model = tiny("bert")
+    with pytest.raises(PlmccError, match="pip install torchao"):
+        replace_all(model, match(model, [QuantizedLinears()]))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_recipe_ends_with_it_and_the_result_loads_without_torchao(
+    scheme: str, tmp_path: Path
+) -> None:
+    tiny("bert").save_pretrained(tmp_path / "m")
+    words().save_pretrained(tmp_path / "m")
+    recipe = parse_recipe(HEAD + f"lower: {{quantize: {scheme}}}\n", real=True)
+    result = plmcc.apply(recipe, tmp_path / "m", tmp_path / "out")
+    kinds = {site["pass"] for site in result.sites}
+    assert kinds == {"compositional_codes", "quantized_linears"}
+    given = inputs("bert")
+    with torch.no_grad():
+        expected = result.model(**given).logits
+    torch.save({"given": given, "expected": expected}, tmp_path / "case.pt")
+    code = (
+        "import sys; sys.modules['torchao'] = None\n"
+        "import plmcc, torch\nfrom transformers import AutoModelForMaskedLM as A\n"
+        f"case = torch.load({str(tmp_path / 'case.pt')!r})\n"
+        f"model = A.from_pretrained({str(tmp_path / 'out')!r}).eval()\n"
+        "with torch.no_grad(): found = model(**case['given']).logits\n"
+        "print(float((found - case['expected']).abs().max()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 1e-5
+    assert "quantize" in (tmp_path / "out/recipe.yaml").read_text()
+    compiled = plmcc.compile(copy.deepcopy(result.model))
+    with torch.no_grad():
+        difference = (compiled(**given).logits - expected).abs().max()
+    assert float(difference) < 1e-3 * float(expected.abs().max())
+
+
+def test_the_report_counts_the_smaller_layers(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "m")
+    recipe = parse_recipe("plmcc: 1\npasses: [quantized_linears]\n", real=True)
+    plmcc.apply(recipe, tmp_path / "m", tmp_path / "out")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    path = "bert.encoder.layer.0.output.dense"
+    assert report["bytes_before"][path] == 4 * (32 * 64 + 32)
+    assert report["bytes_after"][path] == 32 * 64 + 4 * 32 + 4 * 32
