@@ -38,19 +38,21 @@ def table_of(site: Site) -> Tensor:
         ValueError: it holds values that are not finite.
     """
     table_VD = site.module.get_parameter("weight").detach()
-    if not torch.isfinite(table_VD).all():
+    if not table_VD.is_meta and not torch.isfinite(table_VD).all():
         raise ValueError(f"{site.path}: the table holds values that are not finite")
     return table_VD
 
 
 def common_layout(site: Site) -> dict[str, Any]:
-    """Return what the layout of every `Table` says of the original."""
+    """Return what the layout of every `Table` says of the original. On the meta device nothing is
+    known to be zero."""
     table_VD, padding_idx = table_of(site), site.facts.get("padding_idx")
+    padded = padding_idx is not None and not table_VD.is_meta
     return {
         "num_embeddings": table_VD.shape[0],
         "embedding_dim": table_VD.shape[1],
         "padding_idx": padding_idx,
-        "zero_padding": padding_idx is not None and not table_VD[padding_idx].any(),
+        "zero_padding": padded and not table_VD[padding_idx].any(),
         "scale": site.facts.get("scale", 1.0),
     }
 

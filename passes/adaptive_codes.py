@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plmcc.api import Hard, Miss, Objective, Pass, Site, Soft
+from plmcc.api import Hard, Miss, Objective, Pass, Planned, Site, Soft
 from plmcc.passes._adaptive_training import AdaptiveTraining
 from plmcc.passes._binary import Binariser
 from plmcc.passes._bits import pack, unpack
@@ -115,6 +115,23 @@ class AdaptiveCodes(Pass):
         if least + 4 * dims * sum(length + 1 for length in self.lengths) >= 4 * rows * dims:
             return f"the codes and code-books would be larger than the {rows} x {dims} table"
         return ""
+
+    def plan(self, site: Site) -> Planned:
+        """How many words have which length is learned: with a budget, the longest codes that it
+        allows, else the longest for all."""
+        rows = site.facts["num_embeddings"]
+        shortest, longest = self.lengths[0], self.lengths[-1]
+        longer = rows
+        if self.bits_per_word is not None and longest > shortest:
+            left = self.bits_per_word - selector_bits(len(self.lengths)) - shortest
+            longer = min(rows, int(rows * left / (longest - shortest)))
+        counts = [0] * len(self.lengths)
+        counts[0] += rows - longer
+        counts[-1] += longer
+        module = AdaptiveEmbedding(**common_layout(site), lengths=self.lengths, counts=counts)
+        about = "at most: how long the codes become is learned" if len(counts) > 1 else ""
+        table_VD = table_of(site)
+        return Planned(module, about, rows * len(counts), table_VD.nbytes)
 
     def replace(self, site: Site) -> Soft:
         """Fit a code-book of each length to the table, all words' lengths undecided."""

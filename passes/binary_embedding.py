@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from plmcc.api import Miss, Objective, Pass, Site, Soft
+from plmcc.api import Miss, Objective, Pass, Planned, Site, Soft
 from plmcc.passes._binary import ACTIVATIONS, Binariser, codes_of, similarity_kept
 from plmcc.passes._bits import pack, row_bytes, unpack
 from plmcc.passes._tables import (
@@ -94,6 +94,14 @@ class BinaryEmbedding(Pass):
                 f"{rows} x {dims} table"
             )
         return ""
+
+    def plan(self, site: Site) -> Planned:
+        """The codes' size is known beforehand."""
+        activation = self._binariser().activation
+        module = BinaryCodedEmbedding(
+            **common_layout(site), bits=self.bits, activation=activation, span=1.0
+        )
+        return Planned(module)
 
     def replace(self, site: Site) -> Soft:
         """Learn codes for the finished table (no task data), then freeze them; the decoder stays

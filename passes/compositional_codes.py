@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plmcc.api import Miss, Objective, Pass, Site, Soft
+from plmcc.api import Miss, Objective, Pass, Planned, Site, Soft
 from plmcc.passes._autoencoder import CodeAutoencoder, fit_autoencoder
 from plmcc.passes._bits import bits_for, pack, row_bytes, unpack
 from plmcc.passes._residual import decode, residual_quantise
@@ -90,6 +90,13 @@ class CompositionalCodes(Pass):
     def _parameters_and_codes(self, rows: int, dims: int) -> int:
         width = row_bytes(self.codebooks, bits_for(self.codewords))
         return rows * width + 4 * self.codebooks * self.codewords * dims
+
+    def plan(self, site: Site) -> Planned:
+        """The codes' size is known beforehand."""
+        module = CodedEmbedding(
+            **common_layout(site), codebooks=self.codebooks, codewords=self.codewords
+        )
+        return Planned(module)
 
     def replace(self, site: Site) -> Soft:
         """Learn codes for the finished table (no task data), then freeze them; codebooks stay

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from plmcc.api import Hard, Miss, Objective, Pass, Site, Soft
+from plmcc.api import Hard, Miss, Objective, Pass, Planned, Site, Soft
 from plmcc.passes._factors import (
     embedding_loss,
     fit_factors,
@@ -94,6 +94,21 @@ class DistilledFactorization(Pass):
                 "table smaller"
             )
         return ""
+
+    def plan(self, site: Site) -> Planned:
+        """The factors' size is known beforehand, but for how many zeros a sparse one leaves out."""
+        table_VD = table_of(site)
+        sparse, entries = self.storage == "sparse", len(table_VD) * self.rank
+        about = "at most: how many entries of the factor become zero is learned" if sparse else ""
+        module = FactorizedEmbedding(
+            **common_layout(site),
+            rank=self.rank,
+            storage=self.storage,
+            values=entries if sparse else 0,
+        )
+        # The factor trains as it is, whatever it is stored in, and beside it stands the original.
+        trained = entries if self.storage == "uint8" else 0
+        return Planned(module, about, trained, table_VD.nbytes)
 
     def replace(self, site: Site) -> Soft:
         """Fit the factors to the table (the paper's second step)."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plmcc.api import Hard, Miss, Pass, Site, Soft
+from plmcc.api import Hard, Miss, Pass, Planned, Site, Soft
 from plmcc.diagnostics import error
 from plmcc.program import Program
 
@@ -76,6 +76,13 @@ class DropLayers(Pass):
             return Miss(path, "no entry of the configuration says how many layers it has")
         facts = {"program": program, "first": special is not None}
         return Site("stack", (path,), ("layer",), (stack,), facts)
+
+    def plan(self, site: Site) -> Planned:
+        """As many layers as will stay; which is of no matter where all are alike."""
+        stack = site.module
+        assert isinstance(stack, nn.ModuleList)
+        even = self.model_copy(update={"select": "even"})
+        return Planned(KeptLayers(even._chosen(len(stack), [], site.facts["first"]), []))
 
     def replace(self, site: Site) -> Soft:
         """Choose the layers that stay; `rewrite` drops the others."""

@@ -21,10 +21,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
-from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
+from plmcc.api import Hard, Layout, Miss, Objective, Pass, Planned, Site, Soft
 from plmcc.passes._aimed import aimed
 from plmcc.passes._compact import Compacted
 from plmcc.passes._masked import Rules, unit_of
+from plmcc.passes._planned import planned
 from plmcc.passes._plans import Plan, Scored, plans, scored
 from plmcc.passes._prunable import Attention, Parts, by_path, read
 from plmcc.passes._prunable_layer import PrunableLayer, Pruning
@@ -249,7 +250,7 @@ class MovementPruning(Pass):
         if frozen and self.method != "magnitude":
             return f"{frozen} is frozen: neither it nor scores for it can be trained"
         if self.method == "refill":
-            zeros = any(bool((weight == 0).any()) for weight in weights.values())
+            zeros = any(w.is_meta or bool((w == 0).any()) for w in weights.values())
             return "" if zeros else "it has no zeros in the place of which something could grow"
         return next(filter(None, map(self._too_few, groups)), "")
 
@@ -263,6 +264,20 @@ class MovementPruning(Pass):
             return ""
         what = f"density {density:g} keeps less than one of the {group.count} groups"
         return f"{what} of {names}: at least {1 / group.count:.3g} is needed"
+
+    def plan(self, site: Site) -> Planned:
+        """What is removed for certain, by the density of heads and neurons; see `planned`."""
+        layout, about, trained = planned(
+            site, self.method, self.storage, self.compact, self._plans_alone()
+        )
+        return Planned(PrunedLayer(**layout), about, trained)
+
+    def _plans_alone(self) -> bool:
+        """Whether each score tensor has a density of its own that is known beforehand."""
+        free = self.density is None and self.target is None
+        unknown = self.method in ("soft_movement", "l0") and free
+        timed = self.target is not None and self.target.latency is not None
+        return not (unknown or timed or self.method == "refill")
 
     def replace(self, site: Site) -> Soft:
         """Put the linears under masks, or noise in the place of their zeros."""

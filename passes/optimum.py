@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from plmcc.api import Hard, Miss, Pass, Site, Soft
+from plmcc.api import Hard, Miss, Pass, Planned, Site, Soft
 from plmcc.layers import Layer
 from plmcc.program import Program
 from plmcc.transformations import apply_transformation, rewrite_layer, transformation_named, would
@@ -44,6 +44,10 @@ class Optimum(Pass):
                 yield found
             else:
                 yield Miss(layer.path, f"{self.transformation} finds nothing to do in its graph")
+
+    def plan(self, site: Site) -> Planned:
+        """The transformed layer, as loading makes it: without comparing values."""
+        return Planned(TransformedLayer(self.transformation))
 
     def replace(self, site: Site) -> Soft:
         """Return the transformation of the layer; `rewrite` carries it out and checks it."""

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plmcc.api import Hard, Miss, Pass, Site, Soft
+from plmcc.api import Hard, Miss, Pass, Planned, Site, Soft
 from plmcc.diagnostics import error
 from plmcc.program import Program
 
@@ -62,6 +62,15 @@ class QuantizedLinears(Pass):
             else:
                 yield found
 
+    def plan(self, site: Site) -> Planned:
+        """The layer with empty integers."""
+        return Planned(self._empty(site.facts))
+
+    def _empty(self, facts: dict[str, Any]) -> QuantizedLinear:
+        inputs, outputs = facts["in_features"], facts["out_features"]
+        groups = inputs // self.group if self.scheme == "int4" else 1
+        return QuantizedLinear(inputs, outputs, self.scheme, groups, facts["bias"])
+
     def replace(self, site: Site) -> Soft:
         """Round the weights; biases stay trainable.
 
@@ -75,10 +84,7 @@ class QuantizedLinears(Pass):
         if not torch.isfinite(weight_OI).all():
             raise ValueError("the weight holds values that are not finite")
         levels_OI, scales_OG = _rounded(weight_OI, 4 if self.scheme == "int4" else 8, self.group)
-        hard = QuantizedLinear(
-            site.facts["in_features"], site.facts["out_features"], self.scheme, scales_OG.shape[1],
-            site.facts["bias"],
-        ).to(weight_OI.device, weight_OI.dtype)  # fmt: skip
+        hard = self._empty(site.facts).to(weight_OI.device, weight_OI.dtype)
         hard.levels.copy_(_pairs(levels_OI) if self.scheme == "int4" else levels_OI)
         hard.scales.copy_(scales_OG)
         if hard.bias is not None:

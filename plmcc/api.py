@@ -1,4 +1,5 @@
-"""All that the author of a pass needs: Pass, Site, Miss, Soft, Hard, Objective, Bars, Points.
+"""All that the author of a pass needs: Pass, Site, Miss, Soft, Hard, Planned, Objective, Bars,
+Points.
 
 A pass is one file in `passes/`. `match` finds sites in a `Program`, `replace` turns a site into a
 `Soft` module that can be trained, `Soft.harden` turns that into the `Hard` module that is saved and
@@ -18,7 +19,18 @@ from plmcc.options import Pass
 if TYPE_CHECKING:
     from plmcc.program import Program
 
-__all__ = ["Bars", "Hard", "Layout", "Miss", "Objective", "Pass", "Points", "Site", "Soft"]
+__all__ = [
+    "Bars",
+    "Hard",
+    "Layout",
+    "Miss",
+    "Objective",
+    "Pass",
+    "Planned",
+    "Points",
+    "Site",
+    "Soft",
+]
 
 Layout = dict[str, int | float | bool | str | list[int] | list[str] | None]
 
@@ -127,6 +139,21 @@ class Soft(nn.Module):
     def pictures(self) -> list[Bars | Points]:
         """Return data to draw in the report, after hardening."""
         return []
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a site will become, as far as shapes say it: see `Pass.plan`."""
+
+    module: Hard | Soft
+    """The form that is put in place, on the meta device; it need not compute anything right."""
+    about: str = ""
+    """Why its sizes are not exact, e.g. "at most: the task decides on the lengths"; empty where
+    they are."""
+    trained: int = 0
+    """Numbers that are trained beside the parameters of `module`."""
+    frozen: int = 0
+    """Bytes that training holds beside them and does not change."""
 
 
 class Objective:

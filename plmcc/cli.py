@@ -7,13 +7,13 @@ import json
 import os
 import sys
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from plmcc import cli_compare, cli_vectors
+from plmcc import cli_compare, cli_plan, cli_vectors
+from plmcc.cli_plan import Format, Output, Overrides, RecipePath, print_json
 from plmcc.diagnostics import PlmccError, error
 
 _INTERRUPTED = 130  # what typer exits with after Ctrl-C
@@ -29,25 +29,6 @@ app.add_typer(cli_vectors.app, name="vectors")
 app.command("compare")(cli_compare.compare)
 
 
-class Format(StrEnum):
-    """How a command prints its result."""
-
-    text = "text"
-    json = "json"
-
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="PATH=VALUE",
-        help="Change a value of the recipe: passes.0.compositional_codes.codebooks=16",
-    ),
-]
-Output = Annotated[Format, typer.Option("--format", help="Print text, or JSON for programs.")]
-
-
 @app.command()
 def check(recipe: RecipePath, overrides: Overrides = None, output: Output = Format.text) -> None:
     """Check a recipe, without a model and without data."""
@@ -58,12 +39,12 @@ def check(recipe: RecipePath, overrides: Overrides = None, output: Output = Form
     except PlmccError as problem:
         if output is Format.text:
             raise
-        _print_json({"ok": False, "file": str(recipe), "diagnostics": problem.to_json()})
+        print_json({"ok": False, "file": str(recipe), "diagnostics": problem.to_json()})
         raise typer.Exit(1) from None
     stages, passes = len(steps), sum(len(step.passes) for step in steps)
     if output is Format.json:
         counts = {"stages": stages, "passes": passes}
-        _print_json({"ok": True, "file": str(recipe), "diagnostics": [], **counts})
+        print_json({"ok": True, "file": str(recipe), "diagnostics": [], **counts})
     else:
         typer.echo(f"{recipe}: ok ({_count(stages, 'stage')}, {_count(passes, 'pass')})")
 
@@ -94,10 +75,13 @@ def passes(
 
     if name is None:
         rows = catalog_view.overview()
-        _print_json(rows) if output is Format.json else catalog_view.print_overview(rows)
+        print_json(rows) if output is Format.json else catalog_view.print_overview(rows)
     else:
         details = catalog_view.details(name)
-        _print_json(details) if output is Format.json else catalog_view.print_details(details)
+        print_json(details) if output is Format.json else catalog_view.print_details(details)
+
+
+app.command()(cli_plan.plan)
 
 
 @app.command()
@@ -133,6 +117,8 @@ def apply(
     calm()
     loaded = load_recipe(recipe, overrides or (), real=True)
     given = _vectors(model, loaded.task) if skip_broken else model
+    for line in cli_plan.short(loaded, model, recipe.parent):
+        typer.echo(line)
     result = apply_recipe(
         loaded, given, output, overwrite=overwrite, base=recipe.parent, say=typer.echo
     )
@@ -236,10 +222,6 @@ def main() -> None:
 def _fail(text: str) -> None:
     typer.echo(text, err=True)
     sys.exit(1)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
 
 
 def _count(number: int, noun: str) -> str:

@@ -137,15 +137,13 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     set_seed(recipe.seed)
     model = source.model.eval()
     result, given = Result(model, base=base), Inventory.of(model)
-    _check_lower(recipe, model)
-    _check_trained(recipe)
+    check_lower(recipe, model)
+    check_trained(recipe)
     rows = evaluation_rows(recipe, source, base)
     judged = rows and not source.scratch  # what random weights translate means nothing
-    prepares = any(_prepares(p) for stage in recipe.steps() for p in stage.passes)
-    before = (
-        _figures(recipe, source, rows, None, say, "the original") if judged and prepares else []
-    )
-    _prepare(recipe, source, base, result, say)
+    changed = any(prepares(p) for stage in recipe.steps() for p in stage.passes)
+    before = _figures(recipe, source, rows, None, say, "the original") if judged and changed else []
+    prepare(recipe, source, base, result, say)
     taught = [stage for stage in recipe.steps() if stage.train]
     drafts = [(stage, lesson_of(stage, recipe, source, base)) for stage in taught]
     shown = {stage.name: _shown(lesson) for stage, lesson in drafts}
@@ -160,7 +158,7 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
         for stage, lesson in drafts
         if stage.train
     }
-    if judged and not prepares:
+    if judged and not changed:
         before = _figures(recipe, source, rows, original, say, "the original")
     for index, stage in enumerate(recipe.steps()):
         matched = matched if index == 0 else _matched(recipe, model, index, shown)
@@ -189,20 +187,25 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
     return result
 
 
-def _prepares(chosen: Pass) -> bool:
+def prepares(chosen: Pass) -> bool:
+    """Say whether a pass changes tokenizer and model before data is encoded."""
     return type(chosen).prepare is not Pass.prepare
 
 
-def _prepare(recipe: Recipe, source: Source, base: Path | None, result: Result, say: Say) -> None:
-    """Let passes that change the tokenizer do so, before any data is encoded."""
+def prepare(recipe: Recipe, source: Source, base: Path | None, result: Result, say: Say) -> None:
+    """Let passes that change the tokenizer do so, before any data is encoded.
+
+    Raises:
+        PlmccError: a pass does not fit, or comes too late.
+    """
     places = [(n, i, p) for n, s in enumerate(recipe.steps()) for i, p in enumerate(s.passes)]
     for number, index, chosen in places:
-        if _prepares(chosen) and number > 0:
+        if prepares(chosen) and number > 0:
             message = "it changes what data is made of, which has been encoded by then"
             place, given = recipe.pass_place(number, index), recipe.steps()[number].name
             raise error("PLM303", message, place, given=given, cure="move it to the first stage")
     for _, _, chosen in places:
-        if _prepares(chosen):
+        if prepares(chosen):
             name = catalog.name_of(type(chosen))
             say(f"{name}: looking at the text")
             start = time.perf_counter()
@@ -212,14 +215,24 @@ def _prepare(recipe: Recipe, source: Source, base: Path | None, result: Result, 
             result.sites.append(record)
 
 
-def _check_lower(recipe: Recipe, model: PreTrainedModel) -> None:
+def check_lower(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Check that the result can be compiled as asked.
+
+    Raises:
+        PlmccError: it cannot.
+    """
     if recipe.lower is not None and "aoti" in recipe.lower.to and not translates(model):
         message = f"only translation models go to aoti, and {type(model).__name__} is none"
         raise error("PLM303", message, recipe.place(("lower", "to")), given="aoti",
                     allowed="compile", cure="remove `aoti`")  # fmt: skip
 
 
-def _check_trained(recipe: Recipe) -> None:
+def check_trained(recipe: Recipe) -> None:
+    """Check that stages train what has to be trained.
+
+    Raises:
+        PlmccError: one does not.
+    """
     for number, stage in enumerate(recipe.steps()):
         for index, chosen in enumerate(stage.passes):
             reason = chosen.needs_training() if stage.train is None else ""
@@ -240,7 +253,7 @@ def _matched(
     recipe: Recipe, model: PreTrainedModel, stage: int, shown: dict[str, list[dict[str, Any]]]
 ) -> rewrite.Matched:
     step = recipe.steps()[stage]
-    chosen = [(i, p) for i, p in enumerate(step.passes) if not _prepares(p)]
+    chosen = [(i, p) for i, p in enumerate(step.passes) if not prepares(p)]
     places = [recipe.pass_place(stage, index, "targets") for index, _ in chosen]
     # A stage that only rewrites is shown the data of the next one that trains.
     names = [later.name for later in recipe.steps()[stage:]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from plmcc.api import Miss, Objective, Site, Soft
+    from plmcc.api import Miss, Objective, Planned, Site, Soft
     from plmcc.program import Program
     from plmcc.source import Source
 
@@ -65,6 +65,14 @@ class Pass(BaseModel):
         """Yield the sites this pass will rewrite, and for each one it refuses a `Miss` with the
         reason."""
         raise NotImplementedError
+
+    def plan(self, site: Site) -> Planned | None:
+        """Return what a site of a model without weights (on the meta device) will become.
+
+        For passes whose `replace` or `harden` looks at values. None, the default, leaves it to
+        these two, run on the meta device.
+        """
+        return None
 
     def replace(self, site: Site) -> Soft:
         """Return the trainable replacement of a site, initialised from the matched weights."""

@@ -293,19 +293,21 @@ def _record_targets(specs: list[object]) -> tuple[tuple[type, ...], tuple[str, .
 def _lookup_scale(table: nn.Embedding) -> float | str:
     """Return the factor between a table's rows and what its module returns, or why there is none.
 
-    The module is tried on random rows of its own: rows of a trained table can be zero.
+    The module is tried on random rows of its own: rows of a trained table can be zero. On the meta
+    device a scale that is a buffer has no value, and is taken for 1.
     """
     weight = table.weight
     if type(table).forward is nn.Embedding.forward and table.max_norm is None:
         return 1.0
-    if weight.is_meta:
-        return f"{type(table).__name__} cannot be tried out on the meta device"
     count = min(_PROBED_ROWS, table.num_embeddings)
     generator = torch.Generator().manual_seed(0)
     # Powers of two, so that the product with a scale is exact in every dtype.
     powers = torch.randint(-2, 3, (2, count, table.embedding_dim), generator=generator)
-    rows = (powers[0].float().exp2() * powers[1].sign().add(0.5).sign()).to(weight)
-    probe = copy.deepcopy(table, {id(weight): nn.Parameter(rows.clone(), requires_grad=False)})
+    rows = (powers[0].float().exp2() * powers[1].sign().add(0.5).sign()).to(weight.dtype)
+    rows = rows if weight.is_meta else rows.to(weight.device)
+    known = {id(b): torch.ones(b.shape, dtype=b.dtype) for b in table.buffers() if b.is_meta}
+    known[id(weight)] = nn.Parameter(rows.clone(), requires_grad=False)
+    probe = copy.deepcopy(table, known)
     try:
         with torch.no_grad():
             output = probe.eval()(torch.arange(count, device=rows.device)[None])

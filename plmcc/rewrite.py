@@ -143,15 +143,20 @@ def match(
     taken: dict[str, str] = {}
     for index, chosen in enumerate(passes):
         place = places[index] if places else f"pass {index}"
-        found, refused = _match_one(program, chosen, place)
+        found, refused = match_pass(program, chosen, place)
         for site in found:
-            _claim(site, chosen, taken, place)
+            claim(site, chosen, taken, place)
         sites += [(index, site) for site in found]
         misses += [(index, miss) for miss in refused]
     return Matched(tuple(passes), tuple(sites), tuple(misses))
 
 
-def _match_one(program: Program, chosen: Pass, place: Place | str) -> tuple[list[Site], list[Miss]]:
+def match_pass(program: Program, chosen: Pass, place: Place | str) -> tuple[list[Site], list[Miss]]:
+    """Return what one pass finds, and the places that it refuses.
+
+    Raises:
+        PlmccError: it finds nothing, or another number of sites than expected.
+    """
     try:
         results = list(chosen.match(program))
     except PlmccError as problem:
@@ -180,7 +185,12 @@ def _reasons(misses: Sequence[Miss]) -> str:
     )
 
 
-def _claim(site: Site, chosen: Pass, taken: dict[str, str], place: Place | str) -> None:
+def claim(site: Site, chosen: Pass, taken: dict[str, str], place: Place | str) -> None:
+    """Note in `taken` (path -> name of the pass) that a pass wants a site.
+
+    Raises:
+        PlmccError: another pass has it, or something in it or around it.
+    """
     name = catalog.name_of(type(chosen))
     for path in site.paths:
         for other, owner in taken.items():

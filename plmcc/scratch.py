@@ -34,12 +34,13 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 _ALPHABET = 1000  # characters that get a piece of their own, the most frequent ones
 
 
-def new_source(recipe: Recipe, base: Path | None = None) -> Source:
+def new_source(recipe: Recipe, base: Path | None = None, *, meta: bool = False) -> Source:
     """Return the model that a recipe describes, with random weights by the recipe's seed.
 
     Args:
         recipe: one whose `model` is a `Scratch`.
         base: where relative paths start, if they do not exist in the current directory.
+        meta: without weights, on the meta device.
 
     Raises:
         PlmccError: an unknown architecture or config value, a task that the architecture cannot
@@ -53,7 +54,7 @@ def new_source(recipe: Recipe, base: Path | None = None) -> Source:
     config = _config(recipe, asked, kind, tokenizer)
     known = tokenizer.model_max_length
     tokenizer.model_max_length = min(known, positions_of(config) or known)
-    model, task = _model(recipe, config)
+    model, task = _model(recipe, config, meta)
     name = f"a new {config.model_type}"
     return Source(model, task, name, tokenizer, notes=notes, scratch=True)
 
@@ -116,7 +117,7 @@ def _refused(recipe: Recipe, given: dict[str, Any], problem: Exception) -> Excep
     return error("PLM107", f"transformers refuses the config: {words}", recipe.place(path))
 
 
-def _model(recipe: Recipe, config: PreTrainedConfig) -> tuple[PreTrainedModel, str]:
+def _model(recipe: Recipe, config: PreTrainedConfig, meta: bool) -> tuple[PreTrainedModel, str]:
     task: str = recipe.task
     if task == "auto":
         if not config.is_encoder_decoder:
@@ -127,13 +128,15 @@ def _model(recipe: Recipe, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
     auto = auto_class(task, config)
     transformers.set_seed(recipe.seed)
     try:
-        model: PreTrainedModel = auto.from_config(config)
+        with torch.device("meta" if meta else "cpu"):
+            model: PreTrainedModel = auto.from_config(config)
     except ValueError as problem:
         place = recipe.place(("model", "config"))
         words = str(problem).splitlines()[0].split(".")[0]
         raise error("PLM303", f"there is no such model for {task}: {words}", place) from None
-    placed: torch.nn.Module = model
-    placed.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not meta:
+        placed: torch.nn.Module = model
+        placed.to("cuda" if torch.cuda.is_available() else "cpu")
     assert task != "translation" or task_of(type(model).__name__) == task
     return model, task
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from plmcc import artifact
 from plmcc.diagnostics import PlmccError, error, listing, nearest
 from plmcc.programs import positions_of
 from plmcc.tasks import Pooling, auto_class, task_of
@@ -116,6 +117,8 @@ def load_source(
     task: str = "auto",
     head: dict[str, Any] | None = None,
     broken: Literal["refuse", "skip"] = "refuse",
+    *,
+    meta: bool = False,
 ) -> Source:
     """Load a model to compress.
 
@@ -125,13 +128,16 @@ def load_source(
         head: values of the config (number or names of labels), if the checkpoint has no head of its
             own for the task.
         broken: what to do with broken lines of a file of word vectors.
+        meta: read no weights, only the config and the tokenizer: the model is on the meta device.
+            (Word vectors have no config: they are read, and then dropped.)
 
     Raises:
         PlmccError: the model cannot be found or read.
     """
     folder: Path | None = Path(name) if Path(name).is_dir() else None
     if is_vectors(Path(name)):
-        return _vectors(Path(name), broken)
+        source = _vectors(Path(name), broken)
+        return replace(source, model=source.model.to("meta")) if meta else source  # type: ignore[arg-type]
     if folder is None:
         _check_not_local(str(name))
     config = _config(name)
@@ -139,9 +145,14 @@ def load_source(
     found = task_of(_architecture(config), folder)
     chosen = found if task == "auto" else task
     options = head if head and found != chosen else {}
-    model, notes = _model(name, auto_class(chosen, config), options)
-    placed: torch.nn.Module = model
-    placed.to("cuda" if torch.cuda.is_available() else "cpu")
+    kind = auto_class(chosen, config)
+    notes: tuple[str, ...] = ()
+    if meta:
+        model = outline(config, kind, options, str(name))
+    else:
+        model, notes = _model(name, kind, options)
+        placed: torch.nn.Module = model
+        placed.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer(name, folder)
     return Source(model, chosen, str(name), tokenizer, folder, Pooling.of(folder), notes)
 
@@ -210,6 +221,39 @@ def _model(
     if unused:
         notes.append(f"{kind_name} does not use, and drops: {listing(unused, 4)}")
     return model, tuple(notes)
+
+
+def outline(
+    config: PreTrainedConfig, kind: Any, options: dict[str, Any], name: str
+) -> PreTrainedModel:
+    """Return a model without weights, on the meta device; that of an artifact is compressed.
+
+    Args:
+        config: what the model is built from.
+        kind: its class, or an Auto class.
+        options: values of the config that are others.
+        name: what errors call it.
+
+    Raises:
+        PlmccError: transformers cannot build it so.
+    """
+    config = copy.deepcopy(config)
+    for key, value in options.items():
+        setattr(config, key, value)
+    build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = build(config, dtype=config.dtype or torch.float32)
+    except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as problem:
+        message = f"the model cannot be built without its weights: {_line(problem)}"
+        raise error("PLM401", message, name) from None
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        values = stored if isinstance(stored, dict) else stored.to_dict()
+        for record in artifact.PlmccQuantizationConfig(**values).records():
+            artifact.install(model, record, {})
+    model.train(False)
+    return model
 
 
 def _config(name: str | Path) -> PreTrainedConfig:

@@ -7,6 +7,7 @@ import warnings
 
 import datasets
 import transformers
+from rich.console import Console
 from transformers.utils import logging
 
 
@@ -18,3 +19,8 @@ def calm() -> None:
     warnings.filterwarnings("ignore", module=r"torch\..*|transformers\..*|accelerate\..*")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def console() -> Console:
+    """Return where tables are printed: wide enough for paths where there is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=140)

@@ -73,6 +73,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run("apply", folder / "recipe.yaml", MINILM, "-o", folder / "out")
     assert done.returncode == 0, done.stderr
     assert "a fresh process reloaded it" in done.stdout
+    plan, sites, sizes = done.stdout.splitlines()[:3]
+    assert (plan, sites) == ("plan", "  main: compositional_codes, 1 site(s)")
+    assert "90.9 MB to 45.3 MB" in sizes
     assert "fidelity" in done.stdout
     assert "latency" in done.stdout
     return folder / "out"

@@ -1,0 +1,378 @@
+"""What a recipe will do to a model, found out on the meta device: no weights are read.
+
+Every rule is matched, the places that it finds are given the form that the pass will leave (`Pass.
+plan`), and the model so changed is counted, and is what the next stage is matched against.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from plmcc import catalog
+from plmcc.api import Miss, Pass, Planned, Site
+from plmcc.compiler import Result, check_lower, check_trained, prepare, prepares
+from plmcc.cost import Cost, activation_bytes, cost
+from plmcc.deploy import Target, targets
+from plmcc.diagnostics import Diagnostic, Place, PlmccError, error
+from plmcc.lessons import head_shown
+from plmcc.program import Program
+from plmcc.recipe import Recipe, Scratch, Stage, Train
+from plmcc.recipe_parts import Synthetic
+from plmcc.rewrite import claim, match_pass, splice
+from plmcc.scratch import new_source
+from plmcc.size import module_bytes
+from plmcc.source import Source, load_source
+
+_BATCH = 8  # of transformers.TrainingArguments
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A place that a rule rewrites, before and after. `about` says why the size is not exact."""
+
+    path: str
+    tied: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    """Of the weight; of a layer, empty."""
+    module: str
+    becomes: str
+    parameters: int
+    parameters_after: int
+    bytes: int
+    bytes_after: int
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pass of the recipe: the sites that it rewrites, the places that it leaves and why."""
+
+    name: str
+    place: str
+    sites: tuple[PlannedSite, ...] = ()
+    misses: tuple[Miss, ...] = ()
+    note: str = ""
+    """What else is to be said: figures of `prepare`, or why nothing can be planned."""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the training of a stage needs, estimated.
+
+    `activations` is what autograd keeps of a batch (`plmcc.cost.activation_bytes`); what the
+    libraries need beside it, and fragmentation, is not in the sum.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int | None
+    batch: int
+    length: int
+
+    @property
+    def total(self) -> int:
+        """The sum; without activations where these are not known."""
+        known = (self.weights, self.gradients, self.optimizer, self.teacher)
+        return sum(known) + (self.activations or 0)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage: its rules, what its training takes, and what the model costs afterwards."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    memory: Memory | None = None
+    after: Cost | None = None
+
+
+@dataclass
+class Plan:
+    """A recipe on a model. `problems` are what `apply` would stop at."""
+
+    recipe: str
+    model: str
+    architecture: str
+    task: str
+    dtype: str
+    before: Cost
+    stages: list[StagePlan] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Diagnostic] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, for programs."""
+        values = asdict(self) | {"ok": not self.problems, "before": self.before.to_json()}
+        del values["problems"]
+        for stage, shown in zip(self.stages, values["stages"], strict=True):
+            shown["after"] = stage.after.to_json() if stage.after else None
+            if stage.memory:
+                shown["memory"]["total"] = stage.memory.total
+        found = PlmccError(*self.problems).to_json() if self.problems else []
+        return values | {"diagnostics": found}
+
+
+def outlined(recipe: Recipe, name: str | None, base: Path | None = None) -> Source:
+    """Return the model of a recipe without its weights, on the meta device.
+
+    Args:
+        recipe: says the task, and the model where `name` is None.
+        name: a directory (config.json is enough), a hub id, or a file of word vectors.
+        base: the folder that relative data paths may start at besides the current one.
+
+    Raises:
+        PlmccError: no model is named, or it cannot be built.
+    """
+    model = name or recipe.model
+    if model is None:
+        cure = "add MODEL to the command line, or `model:` to the recipe"
+        raise error("PLM502", "no model is named", f"recipe {recipe.name}", cure=cure)
+    if isinstance(model, Scratch):
+        return new_source(recipe, base, meta=True)
+    try:
+        head = head_shown(recipe, base)
+    except PlmccError as problem:
+        head, note = None, f"the head is the config's own: {problem.diagnostics[0].message}"
+    else:
+        note = ""
+    source = load_source(model, recipe.task, head, meta=True)
+    source.notes += (note,) if note else ()
+    if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
+        source.model.float()
+        source.notes += ("its float16 weights are trained, and saved, in float32",)
+    return source
+
+
+def plan(
+    recipe: Recipe, name: str | Source | None = None, base: Path | None = None, brief: bool = False
+) -> Plan:
+    """Plan a recipe on a model.
+
+    Args:
+        recipe: with passes of real classes (`load_recipe(path, real=True)`).
+        name: as in `outlined`, or what it returned (which is changed); by default the recipe's
+            model.
+        base: the folder that relative data paths may start at besides the current one.
+        brief: match and count sizes only.
+
+    Raises:
+        PlmccError: no model is named, or it cannot be built. What is wrong with the rules is in
+            the plan's `problems`.
+    """
+    start = time.perf_counter()
+    source = name if isinstance(name, Source) else outlined(recipe, name, base)
+    model = source.model
+    made = Plan(recipe.name, source.name, type(model).__name__, source.task,
+                str(model.dtype).removeprefix("torch."), cost(model, run=not brief))  # fmt: skip
+    original = made.before.bytes
+    _checked(made, lambda: check_lower(recipe, model))
+    _checked(made, lambda: check_trained(recipe))
+    rewritten: list[tuple[str, str, str]] = []
+    figures = Result(model)
+    _checked(made, lambda: prepare(recipe, source, base, figures, lambda _: None))
+    done = {item["pass"]: _figures(item["figures"]) for item in figures.sites}
+    for number, stage in enumerate(recipe.steps()):
+        rules = [
+            _prepared(recipe, number, index, done) if prepares(chosen) else Rule("", "")
+            for index, chosen in enumerate(stage.passes)
+        ]
+        extra = _stage(recipe, number, model, rules, made, rewritten)
+        memory = None
+        if stage.train is not None and not brief and not made.problems:
+            memory = _memory(model, stage, stage.train, extra, original)
+        named = made.before.components
+        after = None if made.problems else cost(model, named=named, run=not brief)
+        made.stages.append(StagePlan(stage.name, tuple(rules), memory, after))
+        if made.problems:
+            left = [later.name for later in recipe.steps()[number + 1 :]]
+            if left:
+                made.notes.append(f"not planned, until that is solved: stage {', '.join(left)}")
+            break
+    made.notes[:0] = source.notes
+    made.targets = [] if made.problems else targets(model, rewritten)
+    made.seconds = round(time.perf_counter() - start, 3)
+    return made
+
+
+def _checked(made: Plan, check: Any) -> None:
+    try:
+        check()
+    except PlmccError as problem:
+        made.problems += problem.diagnostics
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:,.0f}" for name, value in figures.items())
+
+
+def _prepared(recipe: Recipe, number: int, index: int, done: dict[str, str]) -> Rule:
+    name = catalog.name_of(type(recipe.steps()[number].passes[index]))
+    return Rule(name, str(recipe.pass_place(number, index)), note=done.get(name, ""),
+                failed=name not in done)  # fmt: skip
+
+
+@dataclass
+class _Extra:
+    """What training holds beside the planned modules: numbers that train, and bytes that do not;
+    and how many numbers the passes train in all."""
+
+    trained: int = 0
+    frozen: int = 0
+    ours: int = 0
+
+
+def _stage(
+    recipe: Recipe,
+    number: int,
+    model: PreTrainedModel,
+    rules: list[Rule],
+    made: Plan,
+    rewritten: list[tuple[str, str, str]],
+) -> _Extra:
+    """Match the rules of a stage, all before any of them changes the model, and then carry them
+    out."""
+    taken: dict[str, str] = {}
+    chosen = [(i, p) for i, p in enumerate(recipe.steps()[number].passes) if not prepares(p)]
+    found: list[tuple[int, Pass, list[Site]]] = []
+    for index, one in chosen:
+        place = recipe.pass_place(number, index, "targets")
+        rules[index], sites = _matched(model, one, place, taken, made)
+        found.append((index, one, sites))
+    extra = _Extra()
+    for index, one, sites in found if not made.problems else ():
+        name = rules[index].name
+        planned = [_carried_out(model, one, site, extra) for site in sites]
+        rules[index] = Rule(name, rules[index].place, tuple(planned), rules[index].misses)
+        rewritten += [(name, site.path, site.becomes) for site in planned]
+    return extra
+
+
+def _matched(
+    model: PreTrainedModel, chosen: Pass, place: Place | str, taken: dict[str, str], made: Plan
+) -> tuple[Rule, list[Site]]:
+    name = catalog.name_of(type(chosen))
+    try:
+        sites, misses = match_pass(Program(model), chosen, place)
+        for site in sites:
+            claim(site, chosen, taken, place)
+    except PlmccError as problem:
+        made.problems += [d for d in problem.diagnostics if d not in made.problems]
+        return Rule(name, str(place), note=problem.diagnostics[0].message, failed=True), []
+    except (RuntimeError, NotImplementedError) as problem:
+        reason = f"it looks at values while it matches: {_line(problem)}"
+        return Rule(name, str(place), note=f"cannot be planned: {reason}"), []
+    return Rule(name, str(place), misses=tuple(misses)), sites
+
+
+def _carried_out(model: PreTrainedModel, chosen: Pass, site: Site, extra: _Extra) -> PlannedSite:
+    """Give a site the form that it will have."""
+    module, before = type(site.module).__name__, module_bytes(site.module)
+    numbers = _count(site.module)
+    shape = () if site.roles[0] == "layer" else _shape(site.module)
+    planned = _planned(chosen, site)
+    about = planned if isinstance(planned, str) else planned.about
+    if isinstance(planned, Planned):
+        splice(model, site.paths, site.roles, planned.module)
+        extra.trained += planned.trained
+        extra.frozen += planned.frozen
+        extra.ours += planned.trained + _count(model.get_submodule(site.path))
+    after = model.get_submodule(site.path)
+    name = type(planned.module if isinstance(planned, Planned) else after).__name__
+    return PlannedSite(site.path, site.paths[1:], site.kind, shape, module, name, numbers,
+                       _count(after), before, module_bytes(after), about)  # fmt: skip
+
+
+def _planned(chosen: Pass, site: Site) -> Planned | str:
+    """Return what a site becomes, or why nobody knows."""
+    dtype = next((p.dtype for p in site.module.parameters() if p.is_floating_point()), None)
+    try:
+        with torch.device("meta"):
+            planned = chosen.plan(site)
+            if planned is None:
+                soft = chosen.replace(site)
+                more = _count(soft)
+                hard = soft.harden()
+                planned = Planned(hard, trained=max(0, more - _count(hard)))
+    except PlmccError:
+        raise
+    except Exception as problem:  # a pass of somebody else, which may look at values
+        return f"unknown, counted as it is: {_line(problem)}"
+    planned.module.to(dtype=dtype)
+    planned.module.train(site.module.training)
+    return planned
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return tuple(weight.shape) if weight is not None else ()
+
+
+def _line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def _memory(
+    model: PreTrainedModel, stage: Stage, settings: Train, extra: _Extra, original: int
+) -> Memory:
+    width = model.dtype.itemsize
+    trained = extra.ours
+    if settings.trainable != "passes":
+        left = model.modules() if settings.trainable == "all_but_embeddings" else ()
+        tables = {id(p) for m in left if isinstance(m, nn.Embedding) for p in m.parameters()}
+        own = (p for p in model.parameters() if p.requires_grad and id(p) not in tables)
+        trained = extra.trained + sum(p.numel() for p in own)
+    weights = sum(t.nbytes for t in {id(t): t for t in _tensors(model)}.values())
+    batch, length = _batch(settings, model)
+    checkpointing = bool(settings.arguments.get("gradient_checkpointing"))
+    return Memory(
+        weights=weights + extra.trained * width + extra.frozen,
+        gradients=trained * width,
+        optimizer=round(trained * _optimizer_bytes(settings, width)),
+        teacher=original if settings.distill else 0,
+        activations=activation_bytes(model, batch, length, checkpointing),
+        batch=batch,
+        length=length,
+    )
+
+
+def _tensors(model: nn.Module) -> Sequence[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _optimizer_bytes(settings: Train, width: int) -> float:
+    """Bytes of optimiser state for a number: two moments, or what is known of others."""
+    name = str(settings.arguments.get("optim", "adamw_torch"))
+    if "8bit" in name:
+        return 2
+    if name.startswith(("sgd", "adafactor")):
+        return 0
+    return 2 * width
+
+
+def _batch(settings: Train, model: PreTrainedModel) -> tuple[int, int]:
+    """Return sequences in a batch and tokens in a sequence, the longest that there can be."""
+    data = settings.data
+    length = data.max_length
+    if data.train == "synthetic":
+        length = (data.synthetic or Synthetic()).length
+    if settings.tokens_per_batch is not None:
+        return max(1, settings.tokens_per_batch // length), length
+    return int(settings.arguments.get("per_device_train_batch_size", _BATCH)), length
