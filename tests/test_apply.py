@@ -75,7 +75,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "a fresh process reloaded it" in done.stdout
     plan, sites, sizes = done.stdout.splitlines()[:3]
     assert (plan, sites) == ("plan", "  main: compositional_codes, 1 site(s)")
-    assert "90.9 MB to 45.3 MB" in sizes
+    assert "90.9 MB to 44.2 MB" in sizes
     assert "fidelity" in done.stdout
     assert "latency" in done.stdout
     return folder / "out"
