@@ -82,6 +82,7 @@ def passes(
 
 
 app.command()(cli_plan.plan)
+app.command()(cli_plan.match)
 
 
 @app.command()

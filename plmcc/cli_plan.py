@@ -1,4 +1,5 @@
-"""Commands that look at a recipe and a model without changing anything: `plmcc plan`."""
+"""Commands that look at a recipe and a model without changing anything: `plmcc plan`, `plmcc
+match`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plmcc.diagnostics import PlmccError
+from plmcc.diagnostics import PlmccError, error
 
 if TYPE_CHECKING:
     from plmcc.recipe import Recipe
@@ -67,6 +68,35 @@ def plan(
     print_plan(made, console())
     if made.problems:
         raise PlmccError(*made.problems)
+
+
+def match(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory (config.json is enough) or hub id.")
+    ],
+    pattern: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PATTERN]", help="As `targets`: an alias, a glob, re:<regex>, class:<Name>."
+        ),
+    ] = None,
+    output: Output = Format.text,
+) -> None:
+    """Show what a pattern hits in a model, or, without one, which patterns there are."""
+    from plmcc.matching import find, print_found
+    from plmcc.source import load_source
+    from plmcc.terminal import calm, console
+
+    calm()
+    found = find(load_source(model, meta=True).model, pattern)
+    missed = pattern is not None and not any(not hit.reason for hit in found.hits)
+    if output is Format.json:
+        print_json({"ok": not missed} | found.to_json())
+        raise typer.Exit(1 if missed else 0)
+    print_found(found, console())
+    if missed:
+        message = f"`{pattern}` hits nothing that a pass can rewrite"
+        raise error("PLM201", message, model, given=str(pattern), cure="take one of the patterns")
 
 
 def short(recipe: Recipe, model: str | None, base: Path) -> list[str]:

@@ -160,6 +160,25 @@ class Program:
         length = min([_PROBED_TOKENS, *limits])
         return [probe_inputs(self.model, 16, length, seed) for seed in range(_PROBES)]
 
+    def kinds(self) -> list[str]:
+        """Return the kinds of sites that there are."""
+        return list(self._readers())
+
+    def candidates(self, kind: str) -> list[Site | Miss]:
+        """Return all places of a kind (see `kinds`), those that cannot be rewritten as misses."""
+        readers = self._readers()
+        assert kind in readers, f"no kind {kind}: {', '.join(readers)}"
+        return readers[kind]()
+
+    def _readers(self) -> dict[str, Callable[[], list[Site | Miss]]]:
+        return {
+            "embedding": self.tables,
+            "linear": self.linears,
+            "attention": self.attention,
+            "feed_forward": self.feed_forward,
+            "layer": self._layer_sites,
+        }
+
     def resolve(
         self,
         targets: str | list[str],
@@ -179,15 +198,7 @@ class Program:
             PlmccError: a target that matches nothing or only misses, an invalid regex, or another
                 number of sites than expected.
         """
-        kinds: dict[str, Callable[[], list[Site | Miss]]] = {
-            "embedding": self.tables,
-            "linear": self.linears,
-            "attention": self.attention,
-            "feed_forward": self.feed_forward,
-            "layer": self._layer_sites,
-        }
-        assert kind in kinds, f"no kind {kind}: {', '.join(kinds)}"
-        scope = Scope(self.model, kind, kinds[kind](), place)
+        scope = Scope(self.model, kind, self.candidates(kind), place)
         matches = select(scope, [targets] if isinstance(targets, str) else targets)
         if expect is not None and len(matches.sites) != expect:
             raise error(

@@ -70,7 +70,7 @@ def select(scope: Scope, targets: list[str]) -> Matches:
         raise error("PLM201", "no targets are given", scope.place, allowed=_allowed(scope))
     chosen: list[_Candidate] = []
     for target in targets:
-        rule = _rule(scope, target)
+        rule = rule_of(scope, target)
         found = [candidate for candidate in scope.candidates if rule(candidate)]
         if not any(isinstance(candidate, Site) for candidate in found):
             raise _nothing(scope, target, [c for c in found if isinstance(c, Miss)])
@@ -80,8 +80,12 @@ def select(scope: Scope, targets: list[str]) -> Matches:
     return Matches(sites, [candidate for candidate in ordered if isinstance(candidate, Miss)])
 
 
-def _rule(scope: Scope, target: str) -> _Rule:
-    """Return the test that a target stands for."""
+def rule_of(scope: Scope, target: str) -> _Rule:
+    """Return the test that a target stands for.
+
+    Raises:
+        PlmccError: it is not a regular expression.
+    """
     if target.startswith("re:"):
         pattern = _compiled(scope, target)
         return lambda c: any(pattern.fullmatch(path) for path in _paths(c))
