@@ -202,6 +202,10 @@ class BinaryCodedEmbedding(CompressedTable):
     def _bits(self, packed_NB: Tensor) -> Tensor:
         return unpack(packed_NB, self.bits, 1).to(self.decoder.dtype)
 
+    def binary_codes(self) -> tuple[Tensor, int]:
+        """The packed codes (V, ⌈n/8⌉) uint8, and n."""
+        return self.codes, self.bits
+
     def ideal_bits(self) -> int:
         """|V|·n + 32·D·(n + 1): the paper's bits, and a float32 decoder."""
         return self.num_embeddings * self.bits + 32 * self.embedding_dim * (self.bits + 1)

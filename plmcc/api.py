@@ -118,6 +118,11 @@ class Hard(nn.Module):
         None."""
         return None
 
+    def binary_codes(self) -> tuple[Tensor, int] | None:
+        """For a table in which each row is a code of n bits, alike by the share of equal bits: the
+        packed codes (V, ⌈n/8⌉) uint8, most significant bit first, and n; else None."""
+        return None
+
 
 class Soft(nn.Module):
     """The trainable form of a site: the same calls as its `Hard` module, with gradients."""

@@ -26,6 +26,7 @@ from plmcc import artifact
 from plmcc.diagnostics import PlmccError, error, listing, nearest
 from plmcc.programs import positions_of
 from plmcc.tasks import Pooling, auto_class, task_of
+from plmcc.vector_files import kind_of
 
 _WEIGHTS = (
     "*.safetensors",
@@ -159,8 +160,7 @@ def load_source(
 
 def is_vectors(file: Path) -> bool:
     """Say whether a file is one of word vectors, by its name."""
-    suffix = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
-    return file.is_file() and suffix in (".txt", ".vec", ".bin", ".npy")
+    return file.is_file() and kind_of(file) in (".txt", ".vec", ".bin", ".npy")
 
 
 def _vectors(file: Path, broken: Literal["refuse", "skip"]) -> Source:

@@ -8,10 +8,12 @@ little more memory than the table.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,8 @@ class Lines:
 
     file: Path
     broken: Broken
+    unit: str = "number"
+    """What stands behind a word."""
     words: dict[str, int] = field(default_factory=dict)
     """The row of each word."""
     skipped: list[str] = field(default_factory=list)
@@ -46,7 +50,7 @@ class Lines:
             raise error("PLM301", message, f"{self.file}:{number}", cure=cure)
         self.skipped.append(f"line {number}: {message}")
 
-    def add(self, number: int, raw: bytes, row: Table | None, width: int) -> bool:
+    def add(self, number: int, raw: bytes, row: npt.NDArray[Any] | None, width: int) -> bool:
         """Take a word whose row has been read; return whether it counts."""
         try:
             word = raw.decode("utf-8")
@@ -55,7 +59,8 @@ class Lines:
             return False
         problem = ""
         if row is None or len(row) != width:
-            found = "something that is no number" if row is None else f"{len(row)} numbers"
+            many = f"{0 if row is None else len(row)} {self.unit}s"
+            found = f"something that is no {self.unit}" if row is None else many
             problem = f"`{word[:40]}` has {found}, and the first line {width}"
         elif not np.isfinite(row).all():
             problem = f"`{word[:40]}` has a value that is not finite"
@@ -68,6 +73,16 @@ class Lines:
             return False
         self.words[word] = len(self.words)
         return True
+
+    def check_count(self, count: int, number: int) -> None:
+        """Refuse a file that ends in line `number` without as many words as its header says.
+
+        Raises:
+            PlmccError: broken lines are refused.
+        """
+        found = len(self.words) + len(self.skipped)
+        if found != count:
+            self.refuse(number, f"the header promises {count} words, and there are {found}")
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know of skipped lines."""
@@ -97,33 +112,50 @@ def read(
         PlmccError: the file cannot be read, or a line is broken and that is refused.
     """
     state = Lines(file, broken)
-    try:
-        suffix = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    with reading(file):
+        suffix = kind_of(file)
         if suffix == ".npy":
             table = _arrays(file, words, state)
         elif suffix == ".bin":
             table = _binary(state)
         else:
             table = _text(state)
-    except FileNotFoundError:
-        raise error("PLM301", "there is no such file", str(file)) from None
-    except (OSError, EOFError, ValueError) as problem:
-        if isinstance(problem, PlmccError):
-            raise
-        raise error("PLM301", f"it cannot be read: {problem}", str(file)) from None
     if not state.words:
         raise error("PLM301", "there are no word vectors in it", str(file))
     return list(state.words), table[: len(state.words)], state.notes()
 
 
-def _open(file: Path) -> IO[bytes]:
+def kind_of(file: Path) -> str:
+    """Return the suffix that says what is in a file, `.gz` left aside."""
+    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into errors for the user.
+
+    Raises:
+        PlmccError: there is no such file, or it cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise error("PLM301", "there is no such file", str(file)) from None
+    except (OSError, EOFError, ValueError, zlib.error) as problem:
+        if isinstance(problem, PlmccError):
+            raise
+        raise error("PLM301", f"it cannot be read: {problem}", str(file)) from None
+
+
+def open_file(file: Path) -> IO[bytes]:
+    """Open a file for reading, `.gz` unpacked."""
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
 def _text(state: Lines) -> Table:
-    with _open(state.file) as stream:
+    with open_file(state.file) as stream:
         first = stream.readline().rstrip()
-        header = _header(first)
+        header = header_of(first)
         width = header[1] if header else len(first.split(b" ")) - 1
         count = header[0] if header else 1 + _line_count(stream)
     if width < 1:
@@ -131,8 +163,8 @@ def _text(state: Lines) -> Table:
         raise error("PLM301", message, f"{state.file}:1", given=first[:60].decode(errors="replace"))
     if header and count * width > 1e11:
         raise error("PLM301", f"the header claims {count} x {width} numbers", f"{state.file}:1")
-    table = np.empty((min(count, _rows_at_most(state.file, width)), width), dtype=np.float32)
-    with _open(state.file) as stream:
+    table = np.empty((min(count, rows_at_most(state.file, width)), width), dtype=np.float32)
+    with open_file(state.file) as stream:
         number = 0
         for number, line in enumerate(stream, 1):
             if (header and number == 1) or not line.strip():
@@ -142,19 +174,20 @@ def _text(state: Lines) -> Table:
                 table = np.concatenate([table, np.empty_like(table[: max(1, len(table) // 8)])])
             if state.add(number, raw, row, width):
                 table[len(state.words) - 1] = row
-    if header and len(state.words) + len(state.skipped) != count:
-        found = len(state.words) + len(state.skipped)
-        state.refuse(number, f"the header promises {count} words, and there are {found}")
+    if header:
+        state.check_count(count, number)
     return table
 
 
-def _rows_at_most(file: Path, width: int) -> int:
-    """No more than the file can hold, whatever its header says: a number takes two bytes."""
+def rows_at_most(file: Path, width: int) -> int:
+    """Return how many rows the file can hold, whatever its header says: a number takes two
+    bytes."""
     most = file.stat().st_size * (1100 if file.suffix == ".gz" else 1)  # the most that gzip packs
     return max(1, most // (2 * width))
 
 
-def _header(line: bytes) -> tuple[int, int] | None:
+def header_of(line: bytes) -> tuple[int, int] | None:
+    """Return the two numbers of a header, None if the line is none."""
     parts = line.split()
     if len(parts) == 2 and all(part.isdigit() for part in parts):
         return int(parts[0]), int(parts[1])
@@ -193,8 +226,8 @@ def is_number(text: str | bytes) -> bool:
 
 
 def _binary(state: Lines) -> Table:
-    with _open(state.file) as stream:
-        header = _header(stream.readline(100))
+    with open_file(state.file) as stream:
+        header = header_of(stream.readline(100))
         if header is None:
             message = "this is not word2vec's binary format: there is no header"
             raise error("PLM301", message, f"{state.file}:1")

@@ -1,4 +1,4 @@
-"""Word vectors in memory: as a dictionary, with gensim's names, nearest words and evaluation.
+"""Word vectors in memory: as a dictionary with gensim's names, nearest words and evaluation.
 
 ```python
 vectors = load("glove.txt.gz")  # from plmcc.vectors import load
@@ -8,35 +8,91 @@ vectors["king"]; vectors.most_similar("king", topn=5)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import spearmanr
 
-from plmcc.diagnostics import did_you_mean, error
+from plmcc.diagnostics import error
+from plmcc.lexicon import Lexicon
+from plmcc.vector_codes import Codes, holds_codes, read_codes
 from plmcc.vector_files import Broken, Table, is_number, read
 
+By = Literal["cosine", "hamming"]
 
-def load(file: str | Path, words: str | Path | None = None, broken: Broken = "refuse") -> Vectors:
-    """Read a file of word vectors (`plmcc.vector_files.read`), or the directory to which
-    `plmcc apply` has compressed one.
+
+@overload
+def load(
+    file: str | Path,
+    words: str | Path | None = None,
+    broken: Broken = "refuse",
+    by: Literal["cosine"] = "cosine",
+) -> Vectors: ...
+
+
+@overload
+def load(
+    file: str | Path,
+    words: str | Path | None = None,
+    broken: Broken = "refuse",
+    *,
+    by: Literal["hamming"],
+) -> Codes: ...
+
+
+@overload
+def load(
+    file: str | Path,
+    words: str | Path | None = None,
+    broken: Broken = "refuse",
+    *,
+    by: By | None,
+) -> Vectors | Codes: ...
+
+
+def load(
+    file: str | Path,
+    words: str | Path | None = None,
+    broken: Broken = "refuse",
+    by: By | None = "cosine",
+) -> Vectors | Codes:
+    """Read a file of word vectors (`plmcc.vector_files.read`) or of binary codes
+    (`plmcc.vector_codes.read_codes`), or the directory to which `plmcc apply` has compressed one.
+
+    Args:
+        file: what to read.
+        words: for `.npy`: a file with the words.
+        broken: whether broken lines end the reading or are left out.
+        by: `cosine` gives `Vectors`, of a directory the reconstructed ones; `hamming` gives the
+            binary `Codes`; None gives codes where there are some.
 
     Raises:
-        PlmccError: it cannot be read, or a line is broken and that is refused.
+        PlmccError: it cannot be read, a line is broken and that is refused, or it does not hold
+            what `by` asks for.
     """
-    if Path(file).is_dir():
-        from plmcc.vectors_model import vectors_of  # torch and transformers take seconds
+    file = Path(file)
+    if file.is_dir():
+        from plmcc import vectors_model  # torch and transformers take seconds
 
-        return vectors_of(Path(file))
-    names, table, notes = read(Path(file), None if words is None else Path(words), broken)
+        return vectors_model.read(file, by)
+    if by == "hamming" or holds_codes(file):
+        if by == "cosine":
+            cure = 'compare codes by their bits: `--by hamming`, in Python by="hamming"'
+            raise error(
+                "PLM301", "this file holds binary codes, and no vectors", str(file), cure=cure
+            )
+        return read_codes(file, broken)
+    names, table, notes = read(file, None if words is None else Path(words), broken)
     return Vectors(names, table, notes)
 
 
 @dataclass(eq=False)
-class Vectors(Mapping[str, Table]):
-    """Words and their vectors: a mapping, with the names of gensim's `KeyedVectors` beside it."""
+class Vectors(Lexicon):
+    """Words and their vectors, compared by the cosine."""
 
     index_to_key: list[str]
     vectors: Table
@@ -54,14 +110,6 @@ class Vectors(Mapping[str, Table]):
         row: Table = self.vectors[self.key_to_index[word]]
         return row
 
-    def __iter__(self) -> Iterator[str]:
-        """Go through the words."""
-        return iter(self.index_to_key)
-
-    def __len__(self) -> int:
-        """Return the number of words."""
-        return len(self.index_to_key)
-
     @property
     def vector_size(self) -> int:
         """D."""
@@ -77,38 +125,27 @@ class Vectors(Mapping[str, Table]):
     def similarity(self, first: str, second: str) -> float:
         """Return the cosine of two words' vectors."""
         unit = self.unit()
-        return float(unit[self._index(first)] @ unit[self._index(second)])
+        return float(unit[self.index(first)] @ unit[self.index(second)])
 
-    def most_similar(
-        self,
-        positive: str | Sequence[str],
-        negative: str | Sequence[str] = (),
-        topn: int = 10,
-    ) -> list[tuple[str, float]]:
-        """Return the words whose vectors have the largest cosine with the mean of the positive
-        words' minus the negative ones', without these words.
+    def distances(self, ids: Sequence[int], signs: Sequence[int]) -> Table:
+        """Return the negative cosines (V,) with the signed sum of unit vectors."""
+        query_D = np.array(signs, dtype=np.float32) @ self.unit()[list(ids)]
+        distances_V: Table = self.unit() @ (-query_D / max(float(np.linalg.norm(query_D)), 1e-12))
+        return distances_V
 
-        Raises:
-            PlmccError: a word has no vector.
-        """
-        plus = [positive] if isinstance(positive, str) else list(positive)
-        minus = [negative] if isinstance(negative, str) else list(negative)
-        unit = self.unit()
-        given = [self._index(word) for word in (*plus, *minus)]
-        signs = np.array([1.0] * len(plus) + [-1.0] * len(minus), dtype=np.float32)
-        query = signs @ unit[given]
-        scores = unit @ (query / max(float(np.linalg.norm(query)), 1e-12))
-        scores[given] = -np.inf
-        count = min(topn, len(self) - len(set(given)))
-        best = np.argpartition(-scores, count - 1)[:count] if count > 0 else np.empty(0, int)
-        order = best[np.argsort(-scores[best], kind="stable")]
-        return [(self.index_to_key[index], float(scores[index])) for index in order]
+    def score(self, distance: float, signs: Sequence[int]) -> float:
+        """Return the cosine."""
+        return -distance
 
-    def _index(self, word: str) -> int:
-        if word not in self.key_to_index:
-            near = did_you_mean(word, self.index_to_key[:50_000])
-            raise error("PLM301", f"`{word}` has no vector", cure=near)
-        return self.key_to_index[word]
+    def completions(self, ids_Q3: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the word (Q,) with the largest cosine with b - a + c."""
+        unit, found = self.unit(), []
+        for part in np.array_split(ids_Q3, max(1, len(ids_Q3) // 256)):
+            query = unit[part[:, 1]] - unit[part[:, 0]] + unit[part[:, 2]]
+            scores = query @ unit.T
+            np.put_along_axis(scores, part, -np.inf, axis=1)
+            found.append(scores.argmax(1))
+        return np.concatenate(found)
 
 
 def analogy(text: str) -> tuple[str, str, str] | None:
@@ -140,9 +177,10 @@ class Score:
     """The part of its rows that has a word without a vector, in percent."""
 
 
-def evaluate(vectors: Vectors, file: str | Path) -> Score:
-    """Judge vectors by a data set: pairs of words with a similarity (columns separated by white
-    space, commas or semicolons), or analogies in the form of word2vec's `questions-words.txt`.
+def evaluate(vectors: Lexicon, file: str | Path) -> Score:
+    """Judge vectors, or codes, by a data set: pairs of words with a similarity (columns separated
+    by white space, commas or semicolons), or analogies in the form of word2vec's
+    `questions-words.txt`.
 
     Raises:
         PlmccError: the file holds neither, or none of its words has a vector.
@@ -179,7 +217,7 @@ def _found(words: Sequence[str], known: Mapping[str, str]) -> list[str] | None:
 
 
 def _similarities(
-    vectors: Vectors, file: Path, rows: list[list[str]], known: Mapping[str, str]
+    vectors: Lexicon, file: Path, rows: list[list[str]], known: Mapping[str, str]
 ) -> Score:
     ours, theirs = [], []
     for number, row in enumerate(rows, 1):
@@ -197,19 +235,14 @@ def _similarities(
 
 
 def _analogies(
-    vectors: Vectors, name: str, rows: list[list[str]], known: Mapping[str, str]
+    vectors: Lexicon, name: str, rows: list[list[str]], known: Mapping[str, str]
 ) -> Score:
     """3CosAdd, the three given words excluded."""
     found = [words for row in rows if (words := _found(row, known)) is not None]
     if not found:
         raise error("PLM301", "none of its analogies has vectors for all words", name)
-    unit, index = vectors.unit(), vectors.key_to_index
+    index = vectors.key_to_index
     ids = np.array([[index[word] for word in words] for words in found])
-    right = 0
-    for part in np.array_split(ids, max(1, len(ids) // 256)):
-        query = unit[part[:, 1]] - unit[part[:, 0]] + unit[part[:, 2]]
-        scores = query @ unit.T
-        np.put_along_axis(scores, part[:, :3], -np.inf, axis=1)
-        right += int((scores.argmax(1) == part[:, 3]).sum())
+    right = int((vectors.completions(ids[:, :3]) == ids[:, 3]).sum())
     share = 100 * (1 - len(found) / len(rows))
     return Score(name, "analogy", 100 * right / len(found), len(found), share)

@@ -3,9 +3,13 @@ whose tokens are the words."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -13,9 +17,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
+from plmcc.api import Hard
 from plmcc.artifact import mark
 from plmcc.diagnostics import error
-from plmcc.vectors import Vectors
+from plmcc.vector_codes import Codes
+from plmcc.vectors import By, Vectors
 
 TYPE = "word_vectors"
 _BATCH = 8192
@@ -80,21 +86,69 @@ def model_of(vectors: Vectors) -> tuple[WordVectors, FastTokenizer]:
     return model, tokenizer
 
 
-@torch.no_grad()
-def vectors_of(folder: Path) -> Vectors:
-    """Return the vectors that a compressed directory stands for.
+@dataclass(frozen=True)
+class Compressed:
+    """A directory of compressed word vectors, loaded: no table is built before it is asked for."""
+
+    folder: Path
+    model: WordVectors
+    words: list[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Compressed:
+        """Load a directory.
+
+        Raises:
+            PlmccError: it holds no word vectors.
+        """
+        from plmcc.lower import load
+
+        model: Any = load(folder)
+        if not isinstance(model, WordVectors):
+            kind = type(model).__name__
+            raise error("PLM401", "this directory holds no word vectors", str(folder), given=kind)
+        words = FastTokenizer.from_pretrained(folder).get_vocab()
+        return cls(folder, model, sorted(words, key=words.__getitem__))
+
+    @torch.no_grad()
+    def parts(self) -> Iterator[npt.NDArray[np.float32]]:
+        """Go through the vectors, some rows (N, D) at a time."""
+        for ids in torch.arange(len(self.words)).split(_BATCH):
+            yield self.model(ids[None]).last_hidden_state[0].float().numpy()
+
+    def vectors(self) -> Vectors:
+        """Return the vectors that the directory stands for."""
+        return Vectors(self.words, np.concatenate(list(self.parts())))
+
+    def codes(self) -> Codes | None:
+        """Return the binary codes, None if the pass does not make words into codes of n bits."""
+        table = self.model.get_input_embeddings()
+        found = table.binary_codes() if isinstance(table, Hard) else None
+        return found and Codes.of(self.words, found[0].numpy(), found[1])
+
+    def need_codes(self, why: str) -> Codes:
+        """Return the binary codes.
+
+        Raises:
+            PlmccError: there are none.
+        """
+        codes = self.codes()
+        if codes is None:
+            names = [item["pass"] for item in self.model.config.quantization_config.modules]
+            message = f"{why} needs one binary code for each word, which `{names[0]}` does not make"
+            cure = "compress the vectors by `binary_embedding`"
+            raise error("PLM401", message, str(self.folder), cure=cure)
+        return codes
+
+
+def read(folder: Path, by: By | None) -> Vectors | Codes:
+    """Return what a compressed directory stands for: vectors (`cosine`), codes (`hamming`), or
+    codes where there are some (None).
 
     Raises:
-        PlmccError: it holds no word vectors.
+        PlmccError: it holds no word vectors, or no codes where they are asked for.
     """
-    from plmcc.lower import load
-
-    model: Any = load(folder)
-    if not isinstance(model, WordVectors):
-        kind = type(model).__name__
-        raise error("PLM401", "this directory holds no word vectors", str(folder), given=kind)
-    tokenizer = FastTokenizer.from_pretrained(folder)
-    words = tokenizer.get_vocab()
-    ids = torch.arange(len(words)).split(_BATCH)
-    table = torch.cat([model(part[None]).last_hidden_state[0].float() for part in ids])
-    return Vectors(sorted(words, key=words.__getitem__), table.numpy())
+    found = Compressed.of(folder)
+    if by == "hamming":
+        return found.need_codes("the Hamming distance")
+    return (found.codes() if by is None else None) or found.vectors()
