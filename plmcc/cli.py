@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 from contextlib import nullcontext
@@ -199,8 +200,14 @@ def translate(
         stream(translator, opened, name, options, sys.stdout.buffer)
 
 
+# Where torchao is installed, transformers imports it, and it tells of kernels for other machines.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
 def main() -> None:
     """Run the command line: a user error ends as text on stderr and exit code 1."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8

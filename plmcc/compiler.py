@@ -306,10 +306,15 @@ def _stage(
     ]
 
 
+def quantization(scheme: str) -> Stage:
+    """Return the last stage of a recipe whose `lower` section has `quantize`."""
+    chosen: Any = catalog.load("quantized_linears")
+    return Stage(name="quantize", passes=[chosen(scheme=scheme)])
+
+
 def _quantize(recipe: Recipe, scheme: str, result: Result, say: Say) -> None:
-    """Round the linear layers that are left: a last stage, without training."""
-    stage = Stage(name="quantize", passes=[catalog.load("quantized_linears")(scheme=scheme)])  # type: ignore[call-arg]
-    place = recipe.place(("lower", "quantize"))
+    """Round the linear layers that are left."""
+    stage, place = quantization(scheme), recipe.place(("lower", "quantize"))
     _stage(stage, rewrite.match(result.model, stage.passes, [place]), None, result, say)
 
 

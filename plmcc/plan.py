@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 
 from plmcc import catalog
 from plmcc.api import Miss, Pass, Planned, Site
-from plmcc.compiler import Result, check_lower, check_trained, prepare, prepares
+from plmcc.compiler import (
+    Result,
+    check_lower,
+    check_trained,
+    prepare,
+    prepares,
+    quantization,
+)
 from plmcc.cost import Cost, activation_bytes, cost
 from plmcc.deploy import Target, targets
 from plmcc.diagnostics import Diagnostic, Place, PlmccError, error
@@ -190,7 +197,12 @@ def plan(
             _prepared(recipe, number, index, done) if prepares(chosen) else Rule("", "")
             for index, chosen in enumerate(stage.passes)
         ]
-        extra = _stage(recipe, number, model, rules, made, rewritten)
+        chosen = [
+            (index, one, recipe.pass_place(number, index, "targets"))
+            for index, one in enumerate(stage.passes)
+            if not prepares(one)
+        ]
+        extra = _stage(chosen, model, rules, made, rewritten)
         memory = None
         if stage.train is not None and not brief and not made.problems:
             memory = _memory(model, stage, stage.train, extra, original)
@@ -202,6 +214,12 @@ def plan(
             if left:
                 made.notes.append(f"not planned, until that is solved: stage {', '.join(left)}")
             break
+    if recipe.lower is not None and recipe.lower.quantize and not made.problems:
+        last, rules = quantization(recipe.lower.quantize), [Rule("", "")]
+        place = recipe.place(("lower", "quantize"))
+        _stage([(0, last.passes[0], place)], model, rules, made, rewritten)
+        after = None if made.problems else cost(model, named=made.before.components, run=not brief)
+        made.stages.append(StagePlan(last.name, tuple(rules), None, after))
     made.notes[:0] = source.notes
     made.targets = [] if made.problems else targets(model, rewritten)
     made.seconds = round(time.perf_counter() - start, 3)
@@ -236,8 +254,7 @@ class _Extra:
 
 
 def _stage(
-    recipe: Recipe,
-    number: int,
+    chosen: list[tuple[int, Pass, Place | str]],
     model: PreTrainedModel,
     rules: list[Rule],
     made: Plan,
@@ -246,10 +263,8 @@ def _stage(
     """Match the rules of a stage, all before any of them changes the model, and then carry them
     out."""
     taken: dict[str, str] = {}
-    chosen = [(i, p) for i, p in enumerate(recipe.steps()[number].passes) if not prepares(p)]
     found: list[tuple[int, Pass, list[Site]]] = []
-    for index, one in chosen:
-        place = recipe.pass_place(number, index, "targets")
+    for index, one, place in chosen:
         rules[index], sites = _matched(model, one, place, taken, made)
         found.append((index, one, sites))
     extra = _Extra()
