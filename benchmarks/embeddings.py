@@ -154,7 +154,7 @@ def main() -> None:
         "commit": commit.stdout.strip(),
         "hardware": hardware(),
         "versions": versions(),
-        "seed": run.seed,
+        "seeds": [run.seed],
         "rows": sorted(filter(None, rows), key=lambda r: (-r["table_bytes"], r["method"])),
     }  # fmt: skip
     if run.note:

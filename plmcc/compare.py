@@ -30,8 +30,10 @@ from plmcc.recipe import Evaluate, Recipe
 from plmcc.rewrite import splice
 from plmcc.rivals import Rival, rivals
 from plmcc.size import component_bytes, module_bytes
-from plmcc.source import Source, load_source
+from plmcc.source import Source, is_vectors, load_source
 from plmcc.train import train
+from plmcc.vectors import evaluate
+from plmcc.vectors_model import Compressed, WordVectors
 
 Say = Callable[[str], None]
 METRICS = {
@@ -88,7 +90,13 @@ class Comparison:
         return load_source(self.model, recipe.task, head_shown(recipe, self.base))
 
     def figures(self, source: Source) -> tuple[float, ...]:
-        """Judge a model by the metric, on each data set."""
+        """Judge a model by the metric, on each data set; word vectors as `plmcc vectors evaluate`
+        does."""
+        if isinstance(source.model, WordVectors):
+            words = source.need_tokenizer("a comparison").get_vocab()
+            names = sorted(words, key=words.__getitem__)
+            vectors = Compressed(Path(source.name), source.model, names).vectors()
+            return tuple(round(evaluate(vectors, file).score, 4) for file in self.data)
         check_metric(self.metric, source.task, "--metric")
         length, tokenizer = source.max_length(_LENGTH), source.need_tokenizer("a comparison")
         evaluator = Evaluator(source.model, tokenizer, source.pooling, None, length)
@@ -109,11 +117,19 @@ def comparison(
     Raises:
         PlmccError: the model cannot be loaded.
     """
+    if is_vectors(Path(model)):  # there is nothing to train them on
+        recipes = [(name, _untrained(recipe)) for name, recipe in recipes]
+        return Comparison(recipes, model, data, "score", base)
     if metric is None:
         task: str = recipes[0][1].task
         task = load_source(model).task if task == "auto" else task
         metric = METRICS.get(task, "spearman")
     return Comparison(recipes, model, data, metric, base)
+
+
+def _untrained(recipe: Recipe) -> Recipe:
+    stages = [s.model_copy(update={"train": None}) for s in recipe.steps() if s.passes]
+    return recipe.model_copy(update={"stages": stages, "passes": [], "train": None})
 
 
 def compare(

@@ -172,3 +172,19 @@ def test_the_folder_is_left_as_it_was(folder: Path) -> None:
     before = sorted(p.name for p in folder.iterdir())
     run(folder, "codes.yaml", "m", "--data", "pairs.tsv", "--no-rivals")
     assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_word_vectors_are_judged_by_word_similarity(folder: Path) -> None:
+    drawn = random.Random(1)
+    names = [f"w{i}" for i in range(300)]
+    rows = [" ".join([n, *(f"{drawn.gauss(0, 1):.4f}" for _ in range(16))]) for n in names]
+    (folder / "vectors.txt").write_text("\n".join(rows))
+    pairs = [f"{a} {b} {drawn.random():.3f}" for a, b in pairwise(names)]
+    (folder / "similar.txt").write_text("\n".join(pairs))
+    given = ["codes.yaml", "vectors.txt", "--data", "similar.txt", "--no-rivals", "--json"]
+    done = run(folder, *given, "--set", "passes.0.compositional_codes.codebooks=2")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert [r["table_bytes"] for r in values["rows"]] == [300 * 64, 300 + 2 * 8 * 64]
+    assert not any(r["trained"] for r in values["rows"])
+    assert values["rows"][0]["figures"] != values["rows"][1]["figures"]
