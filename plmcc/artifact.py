@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from plmcc import seal
 from plmcc.diagnostics import error
 
 if TYPE_CHECKING:
@@ -139,7 +141,9 @@ class PlmccQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        saved = _tensors(kwargs.get("checkpoint_files") or [])
+        files = kwargs.get("checkpoint_files") or []
+        _check_seal(files)
+        saved = _tensors(files)
         records = self.quantization_config.records()
         for record in records:
             install(model, record, saved)
@@ -266,6 +270,14 @@ def _locate(model: PreTrainedModel, path: str) -> str | None:
             continue
         return candidate
     return None
+
+
+def _check_seal(files: list[str]) -> None:
+    """Compare weights and config with the lock beside them, if there is one."""
+    for folder in {Path(file).parent for file in files}:
+        if (folder / seal.LOCK).exists():
+            names = [Path(file).name for file in files if Path(file).parent == folder]
+            seal.check(folder, ["config.json", *names])
 
 
 def _tensors(files: list[str]) -> dict[str, tuple[int, ...]]:

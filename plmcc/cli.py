@@ -128,6 +128,37 @@ def apply(
     typer.echo(f"written to {result.folder}; a fresh process reloaded it with the same outputs")
 
 
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="What plmcc has written.")],
+    output: Output = Format.text,
+) -> None:
+    """Prove that an artifact is what was written, and that it computes what it did then."""
+    from plmcc import seal
+
+    if artifact.is_dir():
+        seal.check(artifact)  # at once, before torch is imported
+
+    from dataclasses import asdict
+
+    from plmcc.terminal import calm
+    from plmcc.verify import prove
+
+    calm()
+    proof = prove(artifact)
+    if output is Format.json:
+        print_json({"ok": True, "folder": str(artifact)} | asdict(proof))
+        return
+    typer.echo(f"{artifact}: verified")
+    typer.echo(f"  {proof.files} files as they were written")
+    typer.echo(f"  {proof.tensors} tensors, none missing, left over or random")
+    typer.echo(f"  outputs within {proof.difference:.1e} of their scale")
+    if proof.generates:
+        typer.echo("  the same tokens with cache and without")
+    for name in proof.unknown:
+        typer.echo(f"  note: nothing records {name}")
+
+
 def _vectors(model: str | None, task: str) -> Any:
     from plmcc.source import is_vectors, load_source
 

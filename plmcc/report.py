@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from plmcc import catalog
+from plmcc import catalog, seal
 from plmcc.data import data_files
 from plmcc.diagnostics import PlmccError
 from plmcc.page import page
@@ -83,12 +83,11 @@ def write_documents(recipe: Recipe, source: Source, result: Result, folder: Path
     found = page(report(recipe, source, result), result.pictures)
     (folder / "report.html").write_text(found, encoding="utf-8")
     (folder / "README.md").write_text(model_card(recipe, source, result), encoding="utf-8")
-    write_json(folder / "plmcc.lock.json", lock(recipe, source, folder, result.base))
+    seal.write(folder, lock(recipe, source, result.base))
 
 
-def lock(recipe: Recipe, source: Source, folder: Path, base: Path | None = None) -> dict[str, Any]:
-    """Return what would have to be equal to get the same artifact again, and the digests of what
-    was written."""
+def lock(recipe: Recipe, source: Source, base: Path | None = None) -> dict[str, Any]:
+    """Return what would have to be equal to get the same artifact again."""
     named = [
         s
         for stage in recipe.steps()
@@ -111,11 +110,6 @@ def lock(recipe: Recipe, source: Source, folder: Path, base: Path | None = None)
         "passes": {name: catalog.entry(name).origin for name in sorted(passes)},
         "versions": versions(),
         "hardware": hardware(),
-        "files": {
-            str(file.relative_to(folder)): file_digest(file)
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and file.name != "plmcc.lock.json"
-        },
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from plmcc.diagnostics import error
-from plmcc.lower import load
+from plmcc import seal
+from plmcc.diagnostics import error, listing
 from plmcc.probes import probe_inputs
 from plmcc.tasks import auto_class, task_of
 
@@ -46,13 +47,17 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tens
         first = first * mask[..., None]
     found = {"output": first.float().cpu()}
     if model.can_generate():
-        prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
-        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _NEW_TOKENS}
-        tokens = model.generate(**prompt, **options)  # type: ignore[operator]
-        assert isinstance(tokens, Tensor)
-        found["tokens"] = tokens.cpu()
+        found["tokens"] = _greedy(model, inputs)
     model.train(was_training)
     return found
+
+
+def _greedy(model: PreTrainedModel, inputs: dict[str, Tensor], **cache: bool) -> Tensor:
+    prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _NEW_TOKENS}
+    tokens = model.generate(**prompt, **options, **cache)  # type: ignore[operator]
+    assert isinstance(tokens, Tensor)
+    return tokens.cpu()
 
 
 def check_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
@@ -71,9 +76,7 @@ def same_with_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
     """Return whether greedy generation gives the same tokens with and without cache."""
     if not model.can_generate():
         return True
-    prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
-    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _NEW_TOKENS}
-    runs = [model.generate(**prompt, **options, use_cache=cache) for cache in (True, False)]  # type: ignore[operator]
+    runs = [_greedy(model, inputs, use_cache=cache) for cache in (True, False)]
     return torch.equal(*runs)
 
 
@@ -82,6 +85,8 @@ def record(model: PreTrainedModel, folder: Path) -> None:
     inputs = probe_inputs(model)
     stored = {f"input.{k}": v.cpu().contiguous() for k, v in inputs.items()}
     stored |= {f"output.{k}": v.contiguous() for k, v in outputs(model, inputs).items()}
+    if model.can_generate():
+        stored["output.uncached"] = _greedy(model, inputs, use_cache=False)
     save_file(stored, folder / PROBES)
 
 
@@ -92,6 +97,11 @@ def compare(folder: Path) -> float:
     Raises:
         PlmccError: the outputs or greedy tokens differ, or there are no probes.
     """
+    return _compared(folder)[0]
+
+
+def _compared(folder: Path) -> tuple[float, int, bool]:
+    """As `compare`; also the number of tensors, and whether there were tokens to compare."""
     if not (folder / PROBES).exists():
         raise error("PLM402", "the artifact has no probes to compare with", str(folder))
     stored = load_file(folder / PROBES)
@@ -107,23 +117,65 @@ def compare(folder: Path) -> float:
             f"the reloaded model differs by {difference:.3g} of its scale from the model in memory"
         )
         raise error("PLM402", message, str(folder), allowed=f"at most {bound:g}")
-    if "output.tokens" in stored and not torch.equal(found["tokens"], stored["output.tokens"]):
-        raise error(
-            "PLM402",
-            "the reloaded model generates other tokens than the model in memory",
-            str(folder),
-        )
-    return difference
+    for name, cache in (("tokens", True), ("uncached", False)):
+        expected_tokens = stored.get(f"output.{name}")
+        if expected_tokens is None:
+            continue
+        if not torch.equal(_greedy(model, inputs, use_cache=cache), expected_tokens):
+            how = "with" if cache else "without"
+            message = f"the reloaded model generates other tokens {how} cache than it did in memory"
+            raise error("PLM402", message, str(folder))
+    return difference, len(model.state_dict()), "output.tokens" in stored
 
 
 def _loaded(folder: Path) -> PreTrainedModel:
-    """Load an artifact, or what training alone has written: a plain checkpoint."""
+    """Load an artifact, or what training alone has written: a plain checkpoint.
+
+    Raises:
+        PlmccError: tensors are missing (and would be random), left over, or of another shape.
+    """
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        return load(folder)
     kind = auto_class(task_of((config.architectures or [""])[0], folder), config)
-    model: PreTrainedModel = kind.from_pretrained(folder, config=config)
-    return model
+    model, info = kind.from_pretrained(folder, config=config, output_loading_info=True)
+    wrong = {
+        "are not in the weight files and would be random": info["missing_keys"],
+        "are in the weight files and belong nowhere": info["unexpected_keys"],
+        "have another shape in the weight files": [name for name, *_ in info["mismatched_keys"]],
+    }
+    for message, names in wrong.items():
+        if names:
+            listed = listing(sorted(names), 3)
+            raise error("PLM402", f"{len(names)} tensors {message}: {listed}", str(folder))
+    found: PreTrainedModel = model
+    return found
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `plmcc verify` has found to be as recorded."""
+
+    files: int
+    tensors: int
+    difference: float
+    """Largest difference of the probes' outputs, relative to their scale."""
+    generates: bool
+    """Whether greedy tokens were compared too, with and without cache."""
+    unknown: list[str]
+    """Files that nothing records; nothing loads them."""
+
+
+def prove(folder: Path) -> Proof:
+    """Compare an artifact with its lock and with its probes.
+
+    Raises:
+        PlmccError: a file is missing or was changed, the format is another, the model's structure
+            and tensors do not fit each other, or its outputs or tokens are not the recorded ones.
+    """
+    if not folder.is_dir():
+        raise error("PLM401", "there is no such directory", str(folder))
+    unknown = seal.check(folder)
+    difference, tensors, generates = _compared(folder)
+    return Proof(len(seal.read(folder)["files"]), tensors, difference, generates, unknown)
 
 
 def in_fresh_process(folder: Path) -> float:
