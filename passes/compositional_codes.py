@@ -4,10 +4,13 @@ it names.
 Shu and Nakayama, "Compressing Word Embeddings via Deep Compositional Code Learning", ICLR 2018
 (1711.01068). With M codebooks A_i of K vectors each, E'(w) = Σ_i A_i[C_w^i]; codes and codebooks
 minimise ½||E'(w) - E(w)||². Matches embedding tables, tied heads included. Stored: codes packed at
-M·⌈log2 K⌉ bits a row (rounded up to a byte) and the codebooks (M·K, D) in the model's dtype. The
-dense table is never built: a lookup sums M gathered vectors, a tied head multiplies by the
-codebooks (M·K·D multiply-adds) and sums M gathered products a token.
-Shapes: V rows, D dimensions, M codebooks, K codewords, B packed bytes, N tokens.
+M·⌈log2 K⌉ bits a row (rounded up to a byte) and the codebooks (M·K, D) in the model's dtype. With
+the initialisation `product` the M vectors stand side by side instead of being summed, as in product
+quantisation (and Chen, Li and Sun, "Differentiable Product Quantization for End-to-End Embedding
+Compression", ICML 2020, 1908.09756): codebooks are (M·K, D/M), so that the same bytes buy more
+codes. The dense table is never built: a lookup gathers M vectors, a tied head multiplies by the
+codebooks (M·K·W multiply-adds) and sums M gathered products a token.
+Shapes: V rows, D dimensions, M codebooks, K codewords of W dimensions, B packed bytes, N tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from torch.nn import functional as F
 from plmcc.api import Miss, Objective, Pass, Planned, Site, Soft
 from plmcc.passes._autoencoder import CodeAutoencoder, fit_autoencoder
 from plmcc.passes._bits import bits_for, pack, row_bytes, unpack
-from plmcc.passes._residual import decode, residual_quantise
+from plmcc.passes._product import product_quantise
+from plmcc.passes._residual import residual_quantise
 from plmcc.passes._tables import (
     CompressedTable,
     LearningRate,
@@ -54,9 +58,9 @@ class CompositionalCodes(Pass):
     """M: codebooks, and so vectors that are summed for a row."""
     codewords: int = Field(16, ge=2, le=65536)
     """K: vectors in each codebook; a code takes ⌈log2 K⌉ bits."""
-    initialisation: Literal["residual", "paper"] = "residual"
+    initialisation: Literal["residual", "paper", "product"] = "residual"
     """`residual`: residual vector quantisation with beam search. `paper`: the Gumbel-softmax
-    autoencoder."""
+    autoencoder. `product`: product quantisation; vectors stand side by side and are not summed."""
     beam: int = Field(8, ge=1, le=64)
     """Residual: candidates kept while a row is encoded."""
     rounds: int = Field(3, ge=0, le=100)
@@ -83,34 +87,41 @@ class CompositionalCodes(Pass):
     def _refusal(self, rows: int, dims: int) -> str:
         if self.codewords > rows:
             return f"{self.codewords} codewords for a table of only {rows} rows"
+        if self.initialisation == "product" and dims % self.codebooks:
+            return f"{self.codebooks} codebooks do not divide its {dims} dimensions"
         if self._parameters_and_codes(rows, dims) >= 4 * rows * dims:
             return f"the codes and codebooks would be larger than the {rows} x {dims} table"
         return ""
 
     def _parameters_and_codes(self, rows: int, dims: int) -> int:
         width = row_bytes(self.codebooks, bits_for(self.codewords))
-        return rows * width + 4 * self.codebooks * self.codewords * dims
+        return rows * width + 4 * self.codebooks * self.codewords * self._width(dims)
+
+    def _width(self, dims: int) -> int:
+        return dims // self.codebooks if self.initialisation == "product" else dims
 
     def plan(self, site: Site) -> Planned:
         """The codes' size is known beforehand."""
-        module = CodedEmbedding(
-            **common_layout(site), codebooks=self.codebooks, codewords=self.codewords
+        return Planned(self._empty(site))
+
+    def _empty(self, site: Site) -> CodedEmbedding:
+        layout = common_layout(site)
+        width = self._width(layout["embedding_dim"])
+        return CodedEmbedding(
+            **layout, codebooks=self.codebooks, codewords=self.codewords, width=width
         )
-        return Planned(module)
 
     def replace(self, site: Site) -> Soft:
         """Learn codes for the finished table (no task data), then freeze them; codebooks stay
         trainable."""
         table_VD = table_of(site)
-        fit = _fit_residual if self.initialisation == "residual" else _fit_paper
+        fit = {"residual": _fit_residual, "paper": _fit_paper, "product": _fit_product}
         with Progress(f"codes for {site.path}") as progress:
-            codes_VM, books_MKD = fit(self, table_VD, progress)
-        hard = CodedEmbedding(
-            **common_layout(site), codebooks=self.codebooks, codewords=self.codewords
-        ).to(table_VD.device)
+            codes_VM, books_MKW = fit[self.initialisation](self, table_VD, progress)
+        hard = self._empty(site).to(table_VD.device)
         hard.codes.copy_(pack(codes_VM, bits_for(self.codewords)))
-        hard.codebooks = nn.Parameter(books_MKD.flatten(0, 1).to(table_VD.dtype).contiguous())
-        figures = reconstruction(table_VD, lambda ids_N: decode(codes_VM[ids_N], books_MKD))
+        hard.codebooks = nn.Parameter(books_MKW.flatten(0, 1).to(table_VD.dtype).contiguous())
+        figures = reconstruction(table_VD, hard.rows)
         used = sum(int(column.unique().numel()) for column in codes_VM.T)
         figures["codewords_used"] = used / (self.codebooks * self.codewords)
         return SoftCodes(hard, figures)
@@ -123,7 +134,10 @@ class CompositionalCodes(Pass):
 
 
 class CodedEmbedding(CompressedTable):
-    """Packed codes (V, B) uint8 and codebooks (M·K, D); codebook i is rows iK to iK+K-1."""
+    """Packed codes (V, B) uint8 and codebooks (M·K, W); codebook i is rows iK to iK+K-1.
+
+    Codewords are as wide as the table and summed, or as wide as its M-th part and put side by side.
+    """
 
     def __init__(
         self,
@@ -134,7 +148,11 @@ class CodedEmbedding(CompressedTable):
         padding_idx: int | None = None,
         zero_padding: bool = False,
         scale: float = 1.0,
+        width: int | None = None,
     ) -> None:
+        width = embedding_dim if width is None else width
+        if width not in (embedding_dim, embedding_dim // codebooks):
+            raise ValueError(f"codewords of width {width} fit no table of width {embedding_dim}")
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -143,20 +161,30 @@ class CodedEmbedding(CompressedTable):
             scale,
             codebooks=codebooks,
             codewords=codewords,
+            width=width,
         )
+        self.summed = width == embedding_dim
         self.num_codebooks, self.codewords, self.bits = codebooks, codewords, bits_for(codewords)
-        width = row_bytes(codebooks, self.bits)
-        self.register_buffer("codes", torch.zeros(num_embeddings, width, dtype=torch.uint8))
+        packed = row_bytes(codebooks, self.bits)
+        self.register_buffer("codes", torch.zeros(num_embeddings, packed, dtype=torch.uint8))
         self.codes: Tensor
-        self.codebooks = nn.Parameter(torch.zeros(codebooks * codewords, embedding_dim))
+        self.codebooks = nn.Parameter(torch.zeros(codebooks * codewords, width))
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        """Rows (N, D): sums of the vectors that codes name."""
-        return self._sum_of(self._entries(self.codes[ids_N]), self.codebooks)
+        """Rows (N, D): the vectors that codes name, summed or side by side."""
+        entries_NM = self._entries(self.codes[ids_N])
+        if self.summed:
+            return self._sum_of(entries_NM, self.codebooks)
+        return self.codebooks[entries_NM].flatten(1)
 
     def products(self, hidden_ND: Tensor) -> Tensor:
         """Products (N, V): with the codebooks, gathered and summed."""
-        products_PN = self.codebooks @ hidden_ND.T
+        if self.summed:
+            products_PN = self.codebooks @ hidden_ND.T
+        else:
+            books_MKW = self.codebooks.view(self.num_codebooks, self.codewords, -1)
+            parts_MWN = hidden_ND.T.reshape(self.num_codebooks, -1, len(hidden_ND))
+            products_PN = (books_MKW @ parts_MWN).flatten(0, 1)
         return self._sum_of(self._entries(self.codes), products_PN).T
 
     def _entries(self, packed_NB: Tensor) -> Tensor:
@@ -168,9 +196,9 @@ class CodedEmbedding(CompressedTable):
         return F.embedding_bag(entries_NM, vectors_PX, mode="sum")
 
     def ideal_bits(self) -> int:
-        """|V|·M·⌈log2 K⌉ + 32·M·K·D, the paper's count (float32 codebooks)."""
+        """|V|·M·⌈log2 K⌉ + 32·M·K·W, the paper's count (float32 codebooks)."""
         codes = self.num_embeddings * self.num_codebooks * self.bits
-        return codes + 32 * self.num_codebooks * self.codewords * self.embedding_dim
+        return codes + 32 * self.codebooks.numel()
 
 
 def _fit_residual(
@@ -184,6 +212,14 @@ def _fit_residual(
         options.rounds,
         options.seed,
         progress.step,
+    )
+
+
+def _fit_product(
+    options: CompositionalCodes, table_VD: Tensor, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    return product_quantise(
+        table_VD, options.codebooks, options.codewords, options.seed, progress.step
     )
 
 

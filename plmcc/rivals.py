@@ -93,13 +93,10 @@ def rivals(rows: int, dims: int, limit: int) -> Iterator[Rival]:
     if rank:
         size = _FLOAT * rank * (rows + dims)
         yield Rival("truncated SVD", f"rank {rank}", size, _factors(rank))
-    found = [(m, b) for b in (4, 6, 8) if (m := _product_books(rows, dims, limit, b))]
-    if found:
-        # The most bits a row, and of as many the fewest tables to look into.
-        books, bits = max(found, key=lambda pair: (pair[0] * pair[1], -pair[0]))
-        size = _product_bytes(rows, dims, books, bits)
+    if (chosen := product_codes(rows, dims, limit)) is not None:
+        size = _product_bytes(rows, dims, *chosen)
         yield Rival(
-            "PQ (FAISS)", f"{books} x {bits} bits", size, _quantised("product", books, bits)
+            "PQ (FAISS)", "{} x {} bits".format(*chosen), size, _quantised("product", *chosen)
         )
     found = [(m, b) for b in (4, 6, 8) if (m := _residual_books(rows, dims, limit, b))]
     if found:
@@ -107,6 +104,13 @@ def rivals(rows: int, dims: int, limit: int) -> Iterator[Rival]:
         size = _residual_bytes(rows, dims, books, bits)
         made = _quantised("residual", books, bits)
         yield Rival("RQ (FAISS)", f"{books} x {bits} bits", size, made)
+
+
+def product_codes(rows: int, dims: int, limit: int) -> tuple[int, int] | None:
+    """Return the code-books and bits of product codes with the most bits a row, of as many those
+    with the fewest tables to look into; None if none fit."""
+    found = [(m, b) for b in (4, 6, 8) if (m := _product_books(rows, dims, limit, b))]
+    return max(found, key=lambda pair: (pair[0] * pair[1], -pair[0]), default=None)
 
 
 def _product_bytes(rows: int, dims: int, books: int, bits: int) -> int:

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def corrupted(file: Path, drawn: random.Random) -> str:
     return f"{file.name}: bit {bit} of byte {place}"
 
 
+def refusal(action: Callable[[], object]) -> str:
+    """What an error says; nothing where there is none."""
+    try:
+        action()
+    except PlmccError as problem:
+        return problem.render()
+    except Exception as problem:  # whatever the reader of a broken file says
+        return f"{type(problem).__name__}: {problem}"
+    return ""
+
+
 def test_every_flipped_bit_and_missing_end_is_noticed(artifact: Path, tmp_path: Path) -> None:
     """Each file in turn; weights and config do not load either."""
     drawn = random.Random(0)
@@ -72,17 +84,11 @@ def test_every_flipped_bit_and_missing_end_is_noticed(artifact: Path, tmp_path: 
     for turn in range(CORRUPTIONS):
         name = names[turn % len(names)]
         what = corrupted(folder / name, drawn)
-        try:
-            prove(folder)
+        if name.name not in refusal(lambda: prove(folder)):
             missed.append(what)
-        except PlmccError as problem:
-            assert name.name in problem.render()
-        if name.name in ("config.json", "model.safetensors"):
-            try:
-                AutoModelForSeq2SeqLM.from_pretrained(folder)
-                loaded.append(what)
-            except Exception as problem:  # whatever the reader of a broken file says
-                assert str(problem), what
+        kept = name.name in ("config.json", "model.safetensors")
+        if kept and not refusal(lambda: AutoModelForSeq2SeqLM.from_pretrained(folder)):
+            loaded.append(what)
         shutil.copyfile(artifact / name, folder / name)
     assert missed == []
     assert loaded == []

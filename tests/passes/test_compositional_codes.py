@@ -617,3 +617,56 @@ def test_a_pipeline_in_python() -> None:
     with torch.no_grad():
         one, two = (m(**inputs("gpt2")).logits for m in (before, model))
     assert 0 < float((one - two).norm() / one.norm()) < 0.9
+
+
+def product(table: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+    """A table in product codes, and the soft module."""
+    model = tiny("bert")
+    holder: Any = model.get_input_embeddings()
+    holder.weight = nn.Parameter(table)
+    done = rewrite.replace_all(
+        model, rewrite.match(model, [CompositionalCodes(initialisation="product", **options)])
+    )
+    return done[0].soft.harden(), done[0].soft
+
+
+def test_product_codes_are_the_nearest_means_of_each_part() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(99, 32)
+    hard, soft = product(table, codebooks=4, codewords=8)
+    assert hard.codebooks.shape == (32, 8)
+    rows = hard.rows(torch.arange(99)).detach()
+    books = hard.codebooks.detach().view(4, 8, 8)
+    nearest = torch.stack(
+        [torch.cdist(table[:, 8 * m : 8 * m + 8], books[m]).argmin(1) for m in range(4)], 1
+    )
+    expected = torch.cat([books[m][nearest[:, m]] for m in range(4)], 1)
+    assert torch.allclose(rows, expected, atol=1e-5)
+    assert soft.facts()["relative_error"] < 0.7
+    stored = {name: value.nbytes for name, value in hard.state_dict().items()}
+    assert stored == {"codes": 99 * 2, "codebooks": 4 * 8 * 32}
+    assert hard.ideal_bits() == 99 * 4 * 3 + 32 * 8 * 32
+
+
+def test_product_codes_multiply_as_their_table_does() -> None:
+    torch.manual_seed(0)
+    hard, _ = product(torch.randn(99, 32), codebooks=8, codewords=4)
+    hidden = torch.randn(3, 5, 32, requires_grad=True)
+    ids = torch.arange(99)
+    expected = hidden @ hard.rows(ids).T
+    found = hard.attend(hidden)
+    keep = torch.ones(99)
+    if hard.zero_padding:
+        keep[hard.padding_idx] = 0
+    assert torch.allclose(found, expected * keep, atol=1e-4)
+    ours = torch.autograd.grad(found.square().sum(), [hidden, hard.codebooks])
+    theirs = torch.autograd.grad((expected * keep).square().sum(), [hidden, hard.codebooks])
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-3)
+
+
+def test_parts_that_do_not_divide_the_table_are_refused() -> None:
+    with pytest.raises(PlmccError, match="5 codebooks do not divide its 32 dimensions"):
+        rewrite.match(
+            tiny("bert"), [CompositionalCodes(initialisation="product", codebooks=5, codewords=4)]
+        )
