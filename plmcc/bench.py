@@ -65,7 +65,7 @@ def measure(
 def _measure(
     models: list[PreTrainedModel], batch: int, length: int, mode: str, seconds: float
 ) -> Latency:
-    inputs = _inputs(models[0], batch, length)
+    inputs = inputs_of(models, batch, length)
     runs = [_runner(model, inputs) for model in models]
     for _ in range(3):
         slowest = max(_timed(run) for run in runs)
@@ -177,16 +177,21 @@ def _padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
-    vocabulary: Any = model.get_input_embeddings().num_embeddings
+def inputs_of(models: Sequence[PreTrainedModel], batch: int, length: int) -> dict[str, Tensor]:
+    """Return arguments of a forward pass: random ids `(batch, length)` that all the models know."""
+    model = models[0]
+    vocabulary = min(_vocabulary(model) for model in models)
     generator = torch.Generator().manual_seed(0)
-    ids_BL = torch.randint(5, int(vocabulary), (batch, length), generator=generator).to(
-        model.device
-    )
+    ids_BL = torch.randint(5, vocabulary, (batch, length), generator=generator).to(model.device)
     inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids_BL
     return inputs
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    tables: Any = model.get_input_embeddings()
+    return int(tables.num_embeddings)
 
 
 def _runner(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Callable[[], None]:

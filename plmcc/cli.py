@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plmcc import cli_compare, cli_plan, cli_vectors
+from plmcc import cli_bench, cli_compare, cli_plan, cli_vectors
 from plmcc.cli_plan import Format, Output, Overrides, RecipePath, print_json
 from plmcc.diagnostics import PlmccError, error
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_vectors.app, name="vectors")
+app.command("bench")(cli_bench.bench)
 app.command("compare")(cli_compare.compare)
 
 
