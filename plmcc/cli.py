@@ -85,6 +85,7 @@ def passes(
 
 app.command()(cli_plan.plan)
 app.command()(cli_plan.match)
+app.command("test")(cli_plan.try_out)
 
 
 @app.command()

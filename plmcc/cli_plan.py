@@ -1,5 +1,5 @@
 """Commands that look at a recipe and a model without changing anything: `plmcc plan`, `plmcc
-match`."""
+match`, `plmcc test`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,28 @@ def match(
     if missed:
         message = f"`{pattern}` hits nothing that a pass can rewrite"
         raise error("PLM201", message, model, given=str(pattern), cure="take one of the patterns")
+
+
+def try_out(
+    recipe: RecipePath,
+    model: Model = None,
+    overrides: Overrides = None,
+    output: Output = Format.text,
+) -> None:
+    """Run a recipe on a small random twin of a model, and check all that `apply` promises."""
+    from plmcc.recipe import load_recipe
+
+    load_recipe(recipe, overrides or ())  # mistakes show at once, before torch is imported
+
+    from plmcc.terminal import calm, console
+    from plmcc.trial import print_trial
+    from plmcc.trial import try_out as run
+
+    calm()
+    trial = run(load_recipe(recipe, overrides or (), real=True), model, recipe.parent)
+    print_json(trial.to_json()) if output is Format.json else print_trial(trial, console())
+    if not trial.ok:
+        raise typer.Exit(1)
 
 
 def short(recipe: Recipe, model: str | None, base: Path) -> list[str]:

@@ -132,8 +132,19 @@ def apply(
     return result
 
 
-def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> Result:
-    """Rewrite, train and harden a loaded model in place, and evaluate it. Writes nothing."""
+def run(
+    recipe: Recipe,
+    source: Source,
+    say: Say,
+    base: Path | None = None,
+    *,
+    steps: int | None = None,
+) -> Result:
+    """Rewrite, train and harden a loaded model in place, and evaluate it. Writes nothing.
+
+    `steps` is how many steps objectives are told that a stage has, if that is not how many there
+    are: their schedules then run as in the long training that this is a trial of.
+    """
     set_seed(recipe.seed)
     model = source.model.eval()
     result, given = Result(model, base=base), Inventory.of(model)
@@ -162,7 +173,7 @@ def run(recipe: Recipe, source: Source, say: Say, base: Path | None = None) -> R
         before = _figures(recipe, source, rows, original, say, "the original")
     for index, stage in enumerate(recipe.steps()):
         matched = matched if index == 0 else _matched(recipe, model, index, shown)
-        _stage(stage, matched, lessons.get(stage.name), result, say)
+        _stage(stage, matched, lessons.get(stage.name), result, say, steps)
         if cached:
             check_cache(model, probe_inputs(model))
     if recipe.lower is not None and recipe.lower.quantize is not None:
@@ -272,7 +283,12 @@ def _shown(lesson: Lesson) -> list[dict[str, Any]]:
 
 
 def _stage(
-    stage: Stage, matched: rewrite.Matched, lesson: Lesson | None, result: Result, say: Say
+    stage: Stage,
+    matched: rewrite.Matched,
+    lesson: Lesson | None,
+    result: Result,
+    say: Say,
+    steps: int | None,
 ) -> None:
     """Replace, train, harden."""
     model = result.model
@@ -288,7 +304,9 @@ def _stage(
     settings = stage.train
     if settings is not None and lesson is not None:
         say(f"stage {stage.name}: training on {len(lesson.train)} rows")
-        log = _timed(lambda: train(model, settings, lesson, done), f"{stage.name}.train", result)
+        log = _timed(
+            lambda: train(model, settings, lesson, done, steps), f"{stage.name}.train", result
+        )
         result.training[stage.name] = log
     model.eval()
     soft = outputs(model, inputs)["output"]

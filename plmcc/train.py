@@ -49,9 +49,15 @@ class Lesson:
 
 
 def train(
-    model: PreTrainedModel, settings: Train, lesson: Lesson, replacements: Sequence[Replacement]
+    model: PreTrainedModel,
+    settings: Train,
+    lesson: Lesson,
+    replacements: Sequence[Replacement],
+    steps: int | None = None,
 ) -> list[dict[str, float]]:
     """Train in place and return the Trainer's log (losses, learning rates, steps).
+
+    Objectives are told that there are `steps` steps; by default as many as there are.
 
     Raises:
         PlmccError: there is nothing to learn from, the teacher does not fit, or the loss is not
@@ -67,7 +73,7 @@ def train(
     try:
         with _trainable(model, settings, replacements), _forward_kept(model):
             average = Average(settings.average_last or 0)
-            trainer = _made(model, settings, lesson, folder, [_Clock(objectives), average])
+            trainer = _made(model, settings, lesson, folder, [_Clock(objectives, steps), average])
             trainer.setup(settings, lesson, distill, objectives)
             _run(trainer)
             average.finish(model)
@@ -238,15 +244,15 @@ def _left_out(
 class _Clock(TrainerCallback):
     """The only clock that a pass sees: 0 before the first step, 1 after the last."""
 
-    def __init__(self, objectives: Sequence[Objective]) -> None:
-        self.objectives = objectives
+    def __init__(self, objectives: Sequence[Objective], steps: int | None = None) -> None:
+        self.objectives, self.steps = objectives, steps
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Tell the objectives how long the stage is."""
         for objective in self.objectives:
-            objective.begin(state.max_steps)
+            objective.begin(self.steps or state.max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -7,7 +7,6 @@ A pass whose defaults do not fit models of width 32 with 99 tokens says so in it
 from __future__ import annotations
 
 import ast
-import copy
 import functools
 import json
 import os
@@ -24,15 +23,13 @@ import torch
 import transformers
 from datasets import Dataset
 from pydantic import ValidationError
-from safetensors.torch import load_file
-from tiny import GENERATIVE, NAMES, inputs, prompt, tiny
+from tiny import NAMES, inputs, prompt, tiny
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
 
-from plmcc import artifact, catalog, rewrite, size, verify
-from plmcc.api import Hard, Pass, Site
+from plmcc import artifact, catalog, contract, rewrite
+from plmcc.api import Pass, Site
 from plmcc.diagnostics import PlmccError
-from plmcc.program import Program
 from plmcc.recipe import Recipe, parse_recipe
 
 # What prepares model and tokenizer before anything is matched rewrites no module.
@@ -87,16 +84,16 @@ class Written:
     sites: tuple[Site, ...]
     folder: Path
 
+    def subject(self) -> contract.Subject:
+        records = tuple(self.model.config.quantization_config.records())
+        case = self.case
+        return contract.Subject(
+            self.model, case.original(), records, self.folder, case.inputs(), case.prompt()
+        )
+
     def rewritten(self) -> Iterator[tuple[Site, nn.Module]]:
         for site in self.sites:
             yield site, self.model.get_submodule(site.path)
-
-    def hard(self) -> Iterator[tuple[Site, Hard]]:
-        """The sites that are modules of a pass; a rewritten layer stays the model's own class."""
-        for site, module in self.rewritten():
-            if site.roles[0] != "layer":
-                assert isinstance(module, Hard)
-                yield site, module
 
 
 CASES = [
@@ -191,39 +188,16 @@ def written(request: pytest.FixtureRequest, keep: Callable[[Case], Written]) -> 
     return keep(request.param)
 
 
-@torch.no_grad()
 def output(case: Case, model: PreTrainedModel) -> Tensor:
-    return _first(model(**case.inputs()))
-
-
-def _first(result: Any) -> Tensor:
-    found = result["logits"] if "logits" in result else result["last_hidden_state"]
-    assert isinstance(found, Tensor)
-    return found
-
-
-def tokens(case: Case, model: PreTrainedModel, **options: Any) -> Tensor:
-    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": 6, "pad_token_id": 0}
-    made = model.generate(**case.prompt(), **settings, **options)  # type: ignore[operator]
-    assert isinstance(made, Tensor)
-    return made
+    return contract.output(model, case.inputs())
 
 
 def reloaded(written: Written, kind: Any = None) -> PreTrainedModel:
-    loader: Any = kind or type(written.model)
-    loaded: Any = loader.from_pretrained(
-        written.folder, dtype=written.case.dtype, attn_implementation="eager"
-    )
-    placed: PreTrainedModel = loaded.to(written.case.device)
-    return placed
+    return contract.reloaded(written.subject(), kind)
 
 
 def assert_same_state(one: nn.Module, two: nn.Module) -> None:
-    first, second = one.state_dict(), two.state_dict()
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert value.dtype == second[name].dtype, name
-        assert torch.equal(value.cpu(), second[name].cpu()), name
+    contract.require_same_state(one, two)
 
 
 # --- what a pass says of itself
@@ -382,187 +356,16 @@ def test_fitting_is_the_same_every_time(case: Case) -> None:
     assert_same_state(one, two)
 
 
+# --- the compressed model and its artifact
+
+
+@pytest.mark.parametrize("check", [n for n in contract.CHECKS if n != "fresh_processes_agree"])
 @on_every_case
-def test_a_tied_group_has_one_set_of_parameters(written: Written) -> None:
-    for site, hard in written.hard():
-        for path in site.paths[1:]:
-            own = dict(written.model.get_submodule(path).named_parameters())
-            assert own.keys() <= {"bias"}, f"{path} keeps a copy"
-        stored = [id(p) for p in written.model.state_dict(keep_vars=True).values()]
-        for tensor in hard.state_dict(keep_vars=True).values():
-            assert stored.count(id(tensor)) == 1
-
-
-@on_every_case
-def test_head_and_embedding_teach_the_same_parameters(written: Written) -> None:
-    case = written.case
-    if not any(site.roles.count("head") for site in written.sites):
-        pytest.skip("no site has a tied head")
-    model = copy.deepcopy(written.model).train()
-    for site in written.sites:
-        for path, role in zip(site.paths, site.roles, strict=True):
-            module, hard = model.get_submodule(path), model.get_submodule(site.path)
-            width = int(site.facts["embedding_dim"])
-            model.zero_grad()
-            if role == "embedding":
-                module(torch.arange(3, 9, device=case.device)).float().square().sum().backward()
-            else:
-                hidden = torch.ones(2, width, dtype=case.dtype, device=case.device)
-                module(hidden).float().square().sum().backward()
-            named = dict(model.named_parameters())
-            taught = {n for n, p in named.items() if p.grad is not None and p.grad.any()}
-            assert taught, path
-            assert {id(named[n]) for n in taught} <= {
-                *(id(p) for p in hard.parameters()),
-                *(id(p) for p in module.parameters()),
-            }
-            assert any(n.startswith(f"{site.path}.") for n in taught)
-
-
-# --- the model stays a transformers model
-
-
-@on_every_case
-def test_cached_and_uncached_generation_agree(written: Written) -> None:
-    if written.case.model not in GENERATIVE:
-        pytest.skip("the model does not generate")
-    cached = tokens(written.case, written.model, use_cache=True)
-    uncached = tokens(written.case, written.model, use_cache=False)
-    assert torch.equal(cached, uncached)
-    beams = written.model.generate(  # type: ignore[operator]
-        **written.case.prompt(), num_beams=2, do_sample=False, max_new_tokens=4, pad_token_id=0
-    )
-    assert len(beams) == len(cached)
-
-
-@on_every_case
-def test_hidden_states_are_as_many_as_before(written: Written) -> None:
-    case, before = written.case, written.case.original()
-    with torch.no_grad():
-        results = [m(**case.inputs(), output_hidden_states=True) for m in (before, written.model)]
-    for key in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
-        one, two = (result.get(key) for result in results)
-        assert (one is None) == (two is None)
-        if one is not None:
-            # One for each layer: as many fewer as a pass has taken out.
-            stack = key.removesuffix("hidden_states").removesuffix("_")
-            paths = [Program(m).layer_paths() for m in (before, written.model)]
-            gone = [p for p in set(paths[0]) - set(paths[1]) if stack in p]
-            assert [s.shape for s in two] == [s.shape for s in one][: len(one) - len(gone)]
-
-
-@on_every_case
-def test_gradient_checkpointing_gives_the_same_gradients(written: Written) -> None:
-    plain, checkpointed = (copy.deepcopy(written.model) for _ in range(2))
-    if not checkpointed.supports_gradient_checkpointing:
-        pytest.skip("the architecture has no gradient checkpointing")
-    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
-    for model in (plain, checkpointed):
-        model.train()(**written.case.labelled(), use_cache=False).loss.backward()
-    expected = {name: p.grad for name, p in plain.named_parameters()}
-    assert any(grad is not None for grad in expected.values())
-    for name, parameter in checkpointed.named_parameters():
-        grad = expected[name]
-        assert (grad is None) == (parameter.grad is None), name
-        if grad is not None:
-            torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
-
-
-@on_every_case
-def test_a_deep_copy_is_independent(written: Written) -> None:
-    case, copied = written.case, copy.deepcopy(written.model)
-    before = output(case, written.model)
-    assert torch.equal(output(case, copied), before)
-    for site, _ in written.rewritten():
-        for value in copied.get_submodule(site.path).parameters():
-            value.data.mul_(3)
-        for path, role in zip(site.paths, site.roles, strict=True):
-            given = torch.ones(1, int(site.facts.get("embedding_dim", 0)), dtype=case.dtype)
-            if role == "head":
-                given = given.to(case.device)
-                models = (written.model, copied)
-                one, two = (model.get_submodule(path)(given) for model in models)
-                assert not torch.equal(one, two), f"{path} of the copy still uses the original"
-    assert torch.equal(output(case, written.model), before)
-
-
-# --- the artifact
-
-
-@on_every_case
-def test_an_artifact_is_the_model_bit_for_bit(written: Written) -> None:
-    loaded = reloaded(written)
-    assert not loaded.training
-    assert_same_state(loaded, written.model)
-    assert torch.equal(output(written.case, loaded), output(written.case, written.model))
-    if written.case.model in GENERATIVE:
-        expected = tokens(written.case, written.model)
-        assert torch.equal(tokens(written.case, loaded), expected)
-
-
-@on_every_case
-def test_a_resaved_artifact_is_the_same_artifact(written: Written, tmp_path: Path) -> None:
-    again = reloaded(written)
-    again.save_pretrained(tmp_path)
-    one, two = (json.loads((f / "config.json").read_text()) for f in (written.folder, tmp_path))
-    assert one == two
-    assert one["model_type"] == "plmcc"
-    first, second = (load_file(f / "model.safetensors") for f in (written.folder, tmp_path))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert_same_state(type(again).from_pretrained(tmp_path), again)
-
-
-@on_every_case
-def test_bytes_of_the_modules_are_bytes_in_the_file(written: Written) -> None:
-    stored = load_file(written.folder / "model.safetensors")
-    for site, hard in written.rewritten():
-        inside = [value for key, value in stored.items() if key.startswith(f"{site.path}.")]
-        assert size.module_bytes(hard) == sum(value.nbytes for value in inside)
-    paths = [site.path for site in written.sites]
-    sizes = size.component_bytes(written.model, paths)
-    size.check_file(written.folder, sizes)
-    assert all(sizes[site.path] == size.module_bytes(hard) for site, hard in written.rewritten())
-
-
-@on_every_case
-def test_layouts_are_json_and_rebuild_the_module(written: Written) -> None:
-    for record in written.model.config.quantization_config.records():
-        again = rewrite.Record.from_json(json.loads(json.dumps(record.to_json())))
-        assert again == record
-        hard = written.model.get_submodule(record.paths[0])
-        built = rewrite.build(record)
-        if record.roles[0] == "layer":
-            continue
-        assert built.layout == hard.layout
-        shapes = {name: value.shape for name, value in hard.state_dict().items()}
-        assert {name: value.shape for name, value in built.state_dict().items()} == shapes
-        assert all(value.is_meta for value in built.state_dict().values())
-
-
-@on_every_case
-def test_a_reloaded_model_has_the_same_ideal_size(written: Written) -> None:
-    loaded = reloaded(written)
-    for site, hard in written.hard():
-        again = loaded.get_submodule(site.path)
-        assert isinstance(again, Hard)
-        bits = hard.ideal_bits()
-        assert again.ideal_bits() == bits
-        assert bits is None or bits > 0
-
-
-@on_every_case
-def test_the_model_without_its_head_loads_too(written: Written) -> None:
-    if written.case.model == "whisper":
-        pytest.skip("the bare model is tried with text inputs")
-    case, base = written.case, reloaded(written, AutoModel)
-    with torch.no_grad():
-        states = base(**case.inputs()).last_hidden_state
-        whole = written.model(**case.inputs(), output_hidden_states=True)
-        again = reloaded(written)(**case.inputs(), output_hidden_states=True)
-    key = "decoder_hidden_states" if "decoder_hidden_states" in whole else "hidden_states"
-    assert torch.equal(again[key][-1], whole[key][-1])
-    assert torch.equal(states, whole[key][-1])
+def test_the_contract(check: str, written: Written) -> None:
+    try:
+        contract.CHECKS[check](written.subject())
+    except contract.NotApplicable as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
@@ -597,35 +400,12 @@ def test_a_reloaded_model_trains_under_trainer(written: Written, tmp_path: Path)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", PASSES)
-def test_hard_modules_compile_to_one_graph(name: str, device: str, backend: str) -> None:
+def test_hard_modules_compile_to_one_graph(
+    name: str, device: str, backend: str, keep: Callable[[Case], Written]
+) -> None:
     case = fitting(name, device)
-    model, sites = hardened(case)
-    check_compiled(case, model, sites[0], backend)
-
-
-def check_compiled(case: Case, model: PreTrainedModel, site: Site, backend: str) -> None:
-    hard = model.get_submodule(site.path)
-    if isinstance(hard, torch.nn.ModuleList):  # a stack is called layer by layer
-        hard = hard[0]
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = hard.register_forward_pre_hook(
-        lambda _, args, options: seen.append((args, options)), with_kwargs=True
-    )
-    with torch.no_grad():
-        # A cache would grow with every call that is compared.
-        model(**case.inputs(), **({"use_cache": False} if case.model in GENERATIVE else {}))
-    hook.remove()
-    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [(hard.forward, *seen[0])]
-    if "head" in site.roles:
-        hidden = torch.randn(2, 3, int(site.facts["embedding_dim"]), device=case.device)
-        calls.append((hard.attend, (hidden,), {}))
-    torch.compiler.reset()
-    with torch.no_grad():
-        for function, arguments, options in calls:
-            compiled: Any = torch.compile(function, fullgraph=True, backend=backend)
-            expected = function(*arguments, **options)
-            made: Any = compiled(*arguments, **options)
-            torch.testing.assert_close(made, expected)
+    written = keep(case)
+    contract.modules_compile(written.subject(), backend)
 
 
 # --- fresh processes
@@ -672,9 +452,7 @@ def test_without_plmcc_nothing_loads(
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_fresh_process_repeats_the_outputs(name: str, keep: Callable[[Case], Written]) -> None:
-    made = keep(fitting(name))
-    verify.record(made.model, made.folder)
-    assert verify.in_fresh_process(made.folder) <= 1e-6
+    contract.fresh_processes_agree(keep(fitting(name)).subject())
 
 
 @pytest.mark.parametrize("written", [Case(name, "bert") for name in PASSES], ids=str, indirect=True)
