@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plmcc import cli_bench, cli_compare, cli_plan, cli_vectors
+from plmcc import cli_bench, cli_compare, cli_diff, cli_plan, cli_vectors
 from plmcc.cli_plan import Format, Output, Overrides, RecipePath, print_json
 from plmcc.diagnostics import PlmccError, error
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_vectors.app, name="vectors")
 app.command("bench")(cli_bench.bench)
+app.command("diff")(cli_diff.diff)
 app.command("compare")(cli_compare.compare)
 
 

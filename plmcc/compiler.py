@@ -333,7 +333,8 @@ def quantization(scheme: str) -> Stage:
 def _quantize(recipe: Recipe, scheme: str, result: Result, say: Say) -> None:
     """Round the linear layers that are left."""
     stage, place = quantization(scheme), recipe.place(("lower", "quantize"))
-    _stage(stage, rewrite.match(result.model, stage.passes, [place]), None, result, say)
+    matched = rewrite.match(result.model, stage.passes, [place])
+    _stage(stage, matched, None, result, say, None)
 
 
 def _check_equal(before: torch.Tensor, after: torch.Tensor, allowed: float, what: str) -> None:

@@ -25,7 +25,7 @@ from plmcc.compiler import Result, run
 from plmcc.diagnostics import PlmccError
 from plmcc.plan import outlined
 from plmcc.probes import probe_inputs
-from plmcc.recipe import Evaluate, Recipe, Stage, Train
+from plmcc.recipe import Evaluate, Lower, Recipe, Stage, Train
 from plmcc.recipe_parts import Synthetic
 from plmcc.source import Source
 from plmcc.twin import twin_of
@@ -177,8 +177,10 @@ def shortened(
 
     stages = [shorter(stage) for stage in recipe.steps()]
     figures = [_short_figure(f) for f in recipe.evaluate if _there(f, base, notes)]
+    scheme = recipe.lower and recipe.lower.quantize
+    lower = Lower(quantize=scheme) if scheme else None
     return recipe.model_copy(
-        update={"stages": stages, "passes": [], "train": None, "evaluate": figures, "lower": None}
+        update={"stages": stages, "passes": [], "train": None, "evaluate": figures, "lower": lower}
     )
 
 
