@@ -11,6 +11,7 @@ loads the file without plmcc, by whatever class, gets a size mismatch instead of
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 METHOD = "plmcc"
 FORMAT = 1
+_MOST_LAYERS = 10_000
+_NEW = 2**26
+"""Numbers that a head may have which the weight files do not hold."""
 
 
 class PlmccConfig(PreTrainedConfig):
@@ -58,12 +62,23 @@ class PlmccConfig(PreTrainedConfig):
                 f"transformers has no architecture `{base}`, the base of this compressed model"
             )
             raise error("PLM402", message, "config.json: base_model_type")
+        _check_depth(config_dict)
         values = {
             k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")
         }
         loaded = CONFIG_MAPPING[base].from_dict(values, **kwargs)
         mark(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+
+def _check_depth(values: dict[str, Any]) -> None:
+    """Refuse numbers of layers that would take forever to build."""
+    for key, value in values.items():
+        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            allowed = f"at most {_MOST_LAYERS}"
+            message = "no model has so many layers"
+            raise error("PLM402", message, f"config.json: {key}", given=str(value),
+                        allowed=allowed)  # fmt: skip
 
 
 class _Marked:
@@ -147,6 +162,7 @@ class PlmccQuantizer(HfQuantizer):
         records = self.quantization_config.records()
         for record in records:
             install(model, record, saved)
+        _check_size(model, saved)
         for record in records:  # when all are in place: one may have changed a part of another
             path = _locate(model, record.paths[0])
             if path is not None:
@@ -286,6 +302,17 @@ def _tensors(files: list[str]) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as opened:
             shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     return shapes
+
+
+def _check_size(model: PreTrainedModel, saved: dict[str, tuple[int, ...]]) -> None:
+    """Compare what the config asks for with what the files hold, before any of it is allocated."""
+    if saved:
+        held = sum(math.prod(shape) for shape in saved.values())
+        asked = sum(value.numel() for value in model.parameters())
+        if asked > 2 * held + _NEW:
+            message = "the config asks for a model that is much larger than the weight files"
+            given = f"{asked:,} numbers, and {held:,} in the files"
+            raise error("PLM402", message, "config.json", given=given)
 
 
 def _check_tensors(

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from plmcc.artifact import METHOD
 from plmcc.compiled import CompiledPrograms
-from plmcc.diagnostics import error
+from plmcc.diagnostics import PlmccError, error
 from plmcc.generate import Generate, compilable
 from plmcc.tasks import auto_class, task_of
 
@@ -45,10 +45,18 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
             str(folder),
             cure="use transformers to load it",
         )
-    config = AutoConfig.from_pretrained(folder)
-    task = task_of((config.architectures or [""])[0], folder)
-    kind = auto_class(task, config)
-    model: PreTrainedModel = kind.from_pretrained(folder, config=config, **options)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        task = task_of((config.architectures or [""])[0], folder)
+        kind = auto_class(task, config)
+        model: PreTrainedModel = kind.from_pretrained(folder, config=config, **options)
+    except (PlmccError, KeyboardInterrupt):
+        raise
+    except Exception as problem:  # whatever transformers does with a config that makes no sense
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        cure = "`plmcc verify` says which file was changed"
+        raise error("PLM402", f"the artifact cannot be loaded: {reason}", str(folder),
+                    cure=cure) from problem  # fmt: skip
     return model
 
 
