@@ -7,6 +7,7 @@ Shapes: V rows, D dimensions, N tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,14 +22,17 @@ def matched_tables(
     targets: str | list[str],
     expect: int | None,
     refusal: Callable[[int, int], str],
+    warning: Callable[[int, int], str] = lambda rows, dims: "",
 ) -> Iterator[Site | Miss]:
-    """Yield the tables that targets name; `refusal(rows, dims)` says why one does not fit, or
-    nothing."""
+    """Yield the tables that targets name; `refusal(rows, dims)` says why one does not fit,
+    `warning(rows, dims)` what to tell of one that does, or nothing."""
     for found in program.resolve(targets, "embedding", expect):
-        reason = ""
-        if isinstance(found, Site):
-            reason = refusal(found.facts["num_embeddings"], found.facts["embedding_dim"])
-        yield Miss(found.path, reason) if reason else found
+        if isinstance(found, Miss):
+            yield found
+            continue
+        size = found.facts["num_embeddings"], found.facts["embedding_dim"]
+        reason = refusal(*size)
+        yield Miss(found.path, reason) if reason else replace(found, warning=warning(*size))
 
 
 def table_of(site: Site) -> Tensor:
@@ -38,8 +42,12 @@ def table_of(site: Site) -> Tensor:
         ValueError: it holds values that are not finite.
     """
     table_VD = site.module.get_parameter("weight").detach()
-    if not table_VD.is_meta and not torch.isfinite(table_VD).all():
-        raise ValueError(f"{site.path}: the table holds values that are not finite")
+    if table_VD.is_meta:
+        return table_VD
+    finite_V = torch.isfinite(table_VD).all(1)
+    if not finite_V.all():
+        row = int(finite_V.logical_not().nonzero()[0])
+        raise ValueError(f"the table holds values that are not finite, the first in row {row}")
     return table_VD
 
 

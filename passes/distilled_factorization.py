@@ -81,17 +81,23 @@ class DistilledFactorization(Pass):
         return self
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
-        """Yield embedding tables; a table no larger than its factors would be is a miss."""
-        yield from matched_tables(program, self.targets, self.expect, self._refusal)
+        """Yield embedding tables, with a warning where the factors would be no smaller; a table
+        with fewer rows or dimensions than the rank is a miss."""
+        yield from matched_tables(program, self.targets, self.expect, self._refusal, self._warning)
 
     def _refusal(self, rows: int, dims: int) -> str:
+        largest = min(rows, dims)
+        if self.rank > largest:
+            return f"rank {self.rank} is above {largest}, all that a {rows} x {dims} table has"
+        return ""
+
+    def _warning(self, rows: int, dims: int) -> str:
         width = 1 if self.storage == "uint8" else 4
         break_even = -(-4 * rows * dims // (width * rows + 4 * dims)) - 1
-        largest = min(break_even, rows, dims)
-        if self.rank > largest:
+        if self.rank > break_even:
             return (
-                f"rank {self.rank} is above {largest}, the largest that makes the {rows} x {dims} "
-                "table smaller"
+                f"rank {self.rank} is above {break_even}, the largest that makes the "
+                f"{rows} x {dims} table smaller"
             )
         return ""
 

@@ -51,6 +51,8 @@ class Site:
     roles: tuple[str, ...]
     modules: tuple[nn.Module, ...] = field(repr=False)
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    warning: str = ""
+    """What the user should know although the pass rewrites it: one sentence."""
 
     @property
     def path(self) -> str:

@@ -293,6 +293,9 @@ def _stage(
     """Replace, train, harden."""
     model = result.model
     say(f"stage {stage.name}: rewriting {len(matched.sites)} site(s)")
+    for _, site in matched.sites:
+        if site.warning:
+            say(f"  warning: {site.path}: {site.warning}")
     inputs = probe_inputs(model)
     before = outputs(model, inputs)["output"]
     done = _timed(lambda: rewrite.replace_all(model, matched), f"{stage.name}.replace", result)
@@ -320,6 +323,7 @@ def _stage(
     ]
     result.sites += [
         {"pass": d.name, "paths": list(d.site.paths), "figures": d.soft.facts(), "layout": r.layout}
+        | ({"warning": d.site.warning} if d.site.warning else {})
         for d, r in zip(done, records, strict=True)
     ]
 

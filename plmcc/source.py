@@ -155,7 +155,30 @@ def load_source(
         placed: torch.nn.Module = model
         placed.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer(name, folder)
+    _check_tokens(model, tokenizer, str(name))
     return Source(model, chosen, str(name), tokenizer, folder, Pooling.of(folder), notes)
+
+
+def _check_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str
+) -> None:
+    """Refuse a tokenizer whose ids lie beyond the table; a table may have rows to spare.
+
+    Raises:
+        PlmccError: they do.
+    """
+    if tokenizer is None:
+        return
+    for path, module in model.named_modules():
+        if module is model.get_input_embeddings() and isinstance(module, torch.nn.Embedding):
+            word, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+            if last >= module.num_embeddings:
+                count = module.num_embeddings
+                message = f"the table {path} has {count:,} rows, too few for the tokenizer"
+                given = f"the token `{word}` has the number {last}"
+                cure = "save the model after model.resize_token_embeddings(len(tokenizer))"
+                raise error("PLM401", message, name, given=given, cure=cure)
+            return
 
 
 def is_vectors(file: Path) -> bool:
