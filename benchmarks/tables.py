@@ -162,7 +162,38 @@ def pruning(rows: list[dict[str, Any]]) -> str:
     return markdown(head, lines) + ("\n" + costs if steps else "")
 
 
-def vectors(rows: list[dict[str, Any]]) -> str:
+WORK = {
+    "binarise": "256 bits, 10 epochs",
+    "query": "ten nearest words of 256 bits",
+    "codes": "16 codebooks of 32, residual",
+    "read": "reading a text file",
+}
+
+
+def vectors_speed(rows: list[dict[str, Any]]) -> str:
+    head = ("large tables of 300 dimensions", "rows", "threads", "time", "peak memory")
+    return markdown(
+        head,
+        [
+            (
+                WORK[row["measure"]],
+                f"{row['rows']:,}",
+                str(row["threads"]),
+                _time(row["cpu_seconds"]),
+                f"{row['peak_gb']:.1f} GB",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def vectors(every: list[dict[str, Any]]) -> str:
+    rows = [row for row in every if "measure" not in row]
+    speed = [row for row in every if "measure" in row]
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     datasets.sort(key="preservation".__ne__)
     runs: dict[tuple[Any, ...], dict[str, float]] = {}
@@ -174,7 +205,8 @@ def vectors(rows: list[dict[str, Any]]) -> str:
         (method, str(bits or ""), *(f"{run[d]:.1f}" if d in run else "" for d in datasets))
         for (method, bits), run in runs.items()
     ]
-    return markdown(("", "bits", *short), lines)
+    large = "\n" + vectors_speed(speed) if speed else ""
+    return markdown(("", "bits", *short), lines) + large
 
 
 def _number(target: Any) -> float:

@@ -7,12 +7,18 @@ Rows: `real` vectors, `binary_embedding` (codes compared by the share of equal b
 Michener), the vectors that it `reconstructed`, and codes by `random hyperplanes`. `dataset` is a
 word similarity set (Spearman's rho), analogies (accuracy), or `preservation`: Spearman's rho
 between cosines of the real vectors and similarities of codes over 20,000 random pairs of words.
+
+`--parts speed` measures large tables instead (`benchmarks/vectors_speed.py` says what); rows of
+parts that are not asked for stay in the output as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +38,7 @@ from plmcc.vectors_model import model_of
 
 ROOT = Path(__file__).parent.parent
 PAIRS = 20_000
+SPEED = ("binarise", "query", "codes", "read")
 Row = dict[str, Any]
 
 
@@ -83,18 +90,45 @@ def judged(
         }  # fmt: skip
 
 
+def kept(output: Path, parts: list[str], measures: list[str]) -> list[Row]:
+    """Rows of earlier runs that this one does not replace."""
+    known = json.loads(output.read_text("utf-8"))["rows"] if output.exists() else []
+    return [
+        row for row in known
+        if ("measure" not in row and "quality" not in parts)
+        or ("measure" in row and ("speed" not in parts or row["measure"] not in measures))
+    ]  # fmt: skip
+
+
+def measured(part: str, vectors: Path, work: Path) -> Row:
+    command = [sys.executable, str(ROOT / "benchmarks/vectors_speed.py"), part, str(vectors)]
+    done = subprocess.run([*command, str(work)], stdout=subprocess.PIPE, text=True, check=True)
+    found: Row = json.loads(done.stdout.splitlines()[-1])
+    return {"measure": part, "command": "python benchmarks/vectors.py --parts speed"} | found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--vectors", type=Path, nargs="+", required=True)
-    parser.add_argument("--datasets", type=Path, nargs="+", required=True)
+    parser.add_argument("--datasets", type=Path, nargs="+", default=[])
+    parser.add_argument("--parts", nargs="+", choices=("quality", "speed"), default=["quality"])
+    parser.add_argument("--measure", nargs="+", choices=SPEED, default=SPEED, help="with speed")
+    parser.add_argument("--work", type=Path, help="where the large file goes; else it is removed")
     parser.add_argument("--bits", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/vectors.json")
     arguments = parser.parse_args()
-    rows: list[Row] = []
-    for file in arguments.vectors:
+    if "quality" in arguments.parts and not arguments.datasets:
+        parser.error("the part `quality` needs --datasets")
+    rows = kept(arguments.output, arguments.parts, arguments.measure)
+    if "speed" in arguments.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in arguments.measure:
+                rows.append(measured(part, arguments.vectors[0], arguments.work or Path(folder)))
+                print(rows[-1], file=sys.stderr, flush=True)
+    for file in arguments.vectors if "quality" in arguments.parts else ():
         real, seed = load(file), arguments.seed
         rows += judged(file.parent.name, "real", None, seed, real, real, arguments.datasets)
         for bits in arguments.bits:

@@ -22,6 +22,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _RAND_MAX = 2**31 - 1
 _DECAY = 0.95
+_PART = 8192
+"""Rows whose codes are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ class Binariser:
 
 
 def codes_of(x_ND: Tensor, weight_nD: Tensor) -> Tensor:
-    """b = h(W x): booleans (N, n). Heaviside, without a bias; h(0) = 0."""
-    return x_ND @ weight_nD.T > 0
+    """b = h(W x): booleans (N, n). Heaviside, without a bias; h(0) = 0.
+
+    By parts: the products would take as much memory as the rows.
+    """
+    return torch.cat([part_ND @ weight_nD.T > 0 for part_ND in x_ND.split(_PART)])
 
 
 def gradients(

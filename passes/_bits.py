@@ -6,8 +6,12 @@ its end are 0.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_PART = 8192
+"""Rows that are packed at once."""
 
 
 def bits_for(codewords: int) -> int:
@@ -22,12 +26,13 @@ def row_bytes(codes: int, bits: int) -> int:
 
 def pack(codes_VM: Tensor, bits: int) -> Tensor:
     """Pack integer codes (V, M) of `bits` bits each into uint8 rows (V, ceil(M·bits/8))."""
-    rows, codes = codes_VM.shape
     shifts = torch.arange(bits - 1, -1, -1, device=codes_VM.device)
-    stream = (codes_VM.long()[..., None] >> shifts & 1).view(rows, codes * bits)
-    padded = torch.nn.functional.pad(stream, (0, -codes * bits % 8)).view(rows, -1, 8)
-    weights = 2 ** torch.arange(7, -1, -1, device=codes_VM.device)
-    return (padded * weights).sum(-1).to(torch.uint8)
+    packed = [
+        # By parts: a bit takes eight bytes until it is packed.
+        np.packbits((part_NM.long()[..., None] >> shifts & 1).flatten(1).cpu().numpy(), axis=1)
+        for part_NM in codes_VM.split(_PART)
+    ]
+    return torch.from_numpy(np.concatenate(packed)).to(codes_VM.device)
 
 
 def unpack(packed_NB: Tensor, codes: int, bits: int) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -66,8 +67,8 @@ class BinaryEmbedding(Pass):
     """f; by default tanh, or hard_tanh for the program. `none` makes a tied head two products."""
     epochs: int | None = Field(None, ge=1)
     """Passes over the vocabulary; by default 20, or 5 for the program."""
-    batch_size: int = Field(75, ge=1)
-    """Rows in a step."""
+    batch_size: int | None = Field(None, ge=1)
+    """Rows in a step; by default 75, or a thousandth of the table if that is more."""
     learning_rate: float = Field(0.001, gt=0)
     """Of W and c while codes are learned."""
     regularisation: float = Field(1.0, ge=0)
@@ -107,11 +108,11 @@ class BinaryEmbedding(Pass):
         """Learn codes for the finished table (no task data), then freeze them; the decoder stays
         trainable."""
         table_VD = table_of(site)
-        binariser = self._binariser()
+        binariser = self._binariser(len(table_VD))
         span = _DEVIATIONS * float(table_VD.float().square().mean().sqrt()) or 1.0
         x_VD = table_VD.float() / span
         if binariser.activation != "none":
-            x_VD = x_VD.clamp(-1, 1)
+            x_VD.clamp_(-1, 1)
         with Progress(f"codes for {site.path}") as progress:
             weight_nD, bias_D = binariser.fit(x_VD, lambda done: progress.step("binarise", done))
         codes_Vn = codes_of(x_VD, weight_nD)
@@ -123,19 +124,21 @@ class BinaryEmbedding(Pass):
         hard.bias = nn.Parameter(bias_D.to(table_VD.dtype).contiguous())
         figures = reconstruction(table_VD, hard.rows) | {
             "ones": float(codes_Vn.float().mean()),
-            "distinct_codes": len(codes_Vn.unique(dim=0)) / len(codes_Vn),
+            "distinct_codes": len(np.unique(hard.codes.cpu().numpy(), axis=0)) / len(codes_Vn),
             "similarity": similarity_kept(table_VD, codes_Vn),
         }
         return SoftCodes(hard, figures)
 
-    def _binariser(self) -> Binariser:
+    def _binariser(self, rows: int) -> Binariser:
+        # A thousand steps an epoch are enough, and the work of a step does not all grow with it.
+        usual = 75 if self.preset == "official" else max(75, rows // 1000)
         official = self.preset == "official"
         return Binariser(
             bits=self.bits,
             activation=self.activation or ("hard_tanh" if official else "tanh"),
             official=official,
             epochs=self.epochs or (5 if official else 20),
-            batch_size=self.batch_size,
+            batch_size=self.batch_size or usual,
             learning_rate=self.learning_rate,
             regularisation=self.regularisation,
             seed=self.seed,

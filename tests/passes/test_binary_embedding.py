@@ -51,6 +51,13 @@ def clipped(rows: int = 2000, dims: int = 32) -> Tensor:
     return (toy(rows, dims) / 3).clamp(-1, 1)
 
 
+def test_steps_of_large_tables_take_a_thousandth_of_them() -> None:
+    sizes = [BinaryEmbedding()._binariser(rows).batch_size for rows in (2000, 75_999, 400_000)]
+    assert sizes == [75, 75, 400]
+    assert BinaryEmbedding(preset="official")._binariser(400_000).batch_size == 75
+    assert BinaryEmbedding(batch_size=10)._binariser(400_000).batch_size == 10
+
+
 @functools.cache
 def soft(bits: int, preset: str = "paper") -> SoftCodes[BinaryCodedEmbedding]:
     made = BinaryEmbedding(bits=bits, preset=preset, epochs=8).replace(site(toy() * 0.05))
