@@ -29,7 +29,8 @@ from plmcc.compare import Compared, Comparison, original, pruned_row, recipe_row
 from plmcc.recipe import parse_recipe
 from plmcc.report import hardware, versions
 from plmcc.rivals import product_codes, rivals
-from plmcc.source import write_json
+from plmcc.size import file_bytes, module_bytes
+from plmcc.source import load_source, write_json
 
 ROWS, DIMS = 30522, 384
 TABLE = 4 * ROWS * DIMS
@@ -42,6 +43,7 @@ METHODS = (
     "adaptive_codes",
     "rivals",
     "vocabulary",
+    "combined",
 )
 OURS = METHODS[:5]
 
@@ -101,12 +103,29 @@ def work(asked: Comparison, run: argparse.Namespace) -> Iterator[tuple[str, Any]
         if "vocabulary" in run.methods:
             keep = TABLE // point // (4 * DIMS)
             yield f"vocabulary-{point}", lambda k=keep, p=plain: pruned_row(asked, p, k)
+    if "combined" in run.methods:
+        yield "combined-0", lambda: combined(asked, run)
     if "rivals" in run.methods:  # larger than any point
         plain = recipe("", {"codebooks": 8}, run)
         for rival in rivals(ROWS, DIMS, TABLE // 3):
             if rival.name.startswith("int"):
                 name = f"{rival.name}-0".replace(" ", "_")
                 yield name, lambda r=rival, p=plain: rival_row(asked, p, r)
+
+
+def combined(asked: Comparison, run: argparse.Namespace) -> Compared:
+    """The recipe that makes everything smaller, through its artifact; three times the steps."""
+    folder, file = run.work / "combined", ROOT / "recipes/embedding-int8-minilm.yaml"
+    if not folder.exists():
+        settings = [f"train.arguments.max_steps={3 * run.steps}", f"seed={run.seed}",
+                    f"train.data.train={run.work}/sentences.txt",
+                    f"passes.0.prune_vocabulary.text={run.work}/sentences.txt"]  # fmt: skip
+        plmcc.apply(plmcc.load_recipe(file, settings, real=True), MODEL, folder, say=log)
+    source = load_source(folder, "sentence-similarity")
+    table: Any = source.model.get_input_embeddings()
+    name = "prune_vocabulary, binary_embedding, int8 linears"
+    return Compared(name, "combined", "bits 240", module_bytes(table), file_bytes(folder),
+                    asked.figures(source), True, 0.0)  # fmt: skip
 
 
 def values(row: Compared, point: int) -> dict[str, Any]:

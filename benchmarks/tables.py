@@ -61,7 +61,7 @@ def codes_initialisation(rows: list[dict[str, Any]]) -> str:
 
 def embeddings(rows: list[dict[str, Any]]) -> str:
     """By size; the best on dev at each of them is what its test figure is read from."""
-    head = ("", "settings", "table", "smaller", "STS-B dev", "STS-B test")
+    head = ("", "settings", "table", "smaller", "model", "STS-B dev", "STS-B test")
     return markdown(
         head,
         [
@@ -70,6 +70,7 @@ def embeddings(rows: list[dict[str, Any]]) -> str:
                 row["settings"].partition(" ")[2] if row["kind"] == "recipe" else row["settings"],
                 f"{row['table_bytes'] / 1e6:.2f} MB",
                 f"{row['table_compression']:.1f}x",
+                f"{row['model_bytes'] / 1e6:.1f} MB",
                 f"{row['stsb_dev']:.2f}",
                 f"{row['stsb_test']:.2f}",
             )

@@ -98,7 +98,7 @@ class BinaryEmbedding(Pass):
 
     def plan(self, site: Site) -> Planned:
         """The codes' size is known beforehand."""
-        activation = self._binariser().activation
+        activation = self._binariser(site.facts["num_embeddings"]).activation
         module = BinaryCodedEmbedding(
             **common_layout(site), bits=self.bits, activation=activation, span=1.0
         )

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,6 +80,13 @@ class CompositionalCodes(Pass):
     seed: int = Field(0, ge=0)
     """Of the k-means, or of the autoencoder's weights, batches and noise."""
 
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> CompositionalCodes:
+        for name in ("beam", "rounds") if self.initialisation == "product" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` has no effect with initialisation `product`: remove it")
+        return self
+
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield embedding tables; a table not larger than its own codes would be is a miss."""
         yield from matched_tables(program, self.targets, self.expect, self._refusal)
@@ -88,7 +95,10 @@ class CompositionalCodes(Pass):
         if self.codewords > rows:
             return f"{self.codewords} codewords for a table of only {rows} rows"
         if self.initialisation == "product" and dims % self.codebooks:
-            return f"{self.codebooks} codebooks do not divide its {dims} dimensions"
+            fit = [m for m in range(1, dims + 1) if dims % m == 0]
+            near = sorted(sorted(fit, key=lambda m: abs(m - self.codebooks))[:2])
+            which = " or ".join(map(str, near))
+            return f"{self.codebooks} codebooks do not divide its {dims} dimensions: {which} do"
         if self._parameters_and_codes(rows, dims) >= 4 * rows * dims:
             return f"the codes and codebooks would be larger than the {rows} x {dims} table"
         return ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plmcc.api import Miss, Pass, Site
 from plmcc.data import data_files
@@ -58,6 +58,14 @@ class PruneVocabulary(Pass):
     """How often a token must occur."""
     keep: int | None = Field(None, ge=1)
     """At most so many tokens, the most frequent, besides those that are always kept."""
+
+    @model_validator(mode="after")
+    def _has_no_targets(self) -> PruneVocabulary:
+        if self.targets:
+            raise ValueError(
+                "`targets` has no effect: the vocabulary is the whole model's; remove it"
+            )
+        return self
 
     def reads(self) -> list[str]:
         """Return the files of text."""
@@ -128,5 +136,14 @@ class PruneVocabulary(Pass):
 
 def _lines(file: Path) -> Iterator[str]:
     opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8", errors="replace") as stream:
-        yield from (line.rstrip("\r\n") for line in stream if line.strip())
+    try:
+        with opener(file, "rt", encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if "\0" in line:
+                    message = "this is no text: it holds zero bytes"
+                    raise error("PLM301", message, f"{file}:{number}", cure="name files of text")
+                if line.strip():
+                    yield line.rstrip("\r\n")
+    except UnicodeDecodeError as problem:
+        message = f"this is no text in UTF-8: {problem.reason}"
+        raise error("PLM301", message, str(file), cure="name files of text, in UTF-8") from None

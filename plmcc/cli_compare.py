@@ -85,6 +85,9 @@ def _check_metric(metric: str | None) -> None:
     from plmcc.recipe_parts import Metric
 
     known = [name for name in get_args(Metric) if name != "fidelity"]
+    if metric == "fidelity":
+        message = "a comparison is made by labelled data, and `fidelity` looks at the original only"
+        raise error("PLM502", message, "--metric", given=metric, allowed=", ".join(known))
     if metric is not None and metric not in known:
         raise error("PLM502", "there is no such metric", "--metric", given=metric,
                     allowed=", ".join(known), cure=did_you_mean(metric, known))  # fmt: skip

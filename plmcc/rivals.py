@@ -171,6 +171,7 @@ def _quantised(
             encoder = faiss.ResidualQuantizer(values_VD.shape[1], books, bits)
             if books > _BEAM_BOOKS:
                 encoder.max_beam_size = 1
+        encoder.cp.min_points_per_centroid = 1  # FAISS warns of small tables line by line
         encoder.train(values_VD)
         decoded_VD = torch.from_numpy(encoder.decode(encoder.compute_codes(values_VD)))
         return ReadyTable(decoded_VD.to(table_VD), **layout)

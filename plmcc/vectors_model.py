@@ -103,6 +103,10 @@ class Compressed:
         """
         from plmcc.lower import load
 
+        if folder.is_file():
+            message = "this is a file, and the result of `plmcc apply` is a directory"
+            cure = "compress the file first: plmcc apply RECIPE FILE -o DIR"
+            raise error("PLM401", message, str(folder), cure=cure)
         model: Any = load(folder)
         if not isinstance(model, WordVectors):
             kind = type(model).__name__

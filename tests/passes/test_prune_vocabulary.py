@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 import plmcc
 from plmcc.diagnostics import PlmccError
-from plmcc.passes.prune_vocabulary import PruneVocabulary
+from plmcc.passes.prune_vocabulary import PruneVocabulary, _lines
 from plmcc.recipe import parse_recipe
 from plmcc.rewrite import match
 from plmcc.source import Source, load_source
@@ -330,3 +330,17 @@ def test_a_pruned_checkpoint_loads_as_a_source(checkpoint: Path, tmp_path: Path)
     plmcc.apply(parse_recipe(RECIPE, real=True), checkpoint, tmp_path / "out", base=checkpoint)
     source = load_source(tmp_path / "out")
     assert len(source.need_tokenizer("the test")) == source.model.config.vocab_size
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    """A wrong path must not decide by its noise which tokens stay."""
+    (tmp_path / "zeros.txt").write_bytes(b"a man\n\0\0\0\n")
+    (tmp_path / "latin.txt").write_bytes("ein Kn\xf6del\n".encode("latin-1"))
+    for name, said in (("zeros.txt", "zeros.txt:2: .*zero bytes"), ("latin.txt", "UTF-8")):
+        with pytest.raises(PlmccError, match=said):
+            list(_lines(tmp_path / name))
+
+
+def test_it_has_no_targets() -> None:
+    with pytest.raises(ValueError, match="`targets` has no effect"):
+        PruneVocabulary(text="a.txt", targets="encoder")
