@@ -161,6 +161,8 @@ class CodedEmbedding(CompressedTable):
         width: int | None = None,
     ) -> None:
         width = embedding_dim if width is None else width
+        if codebooks < 1:
+            raise ValueError(f"{codebooks} codebooks")
         if width not in (embedding_dim, embedding_dim // codebooks):
             raise ValueError(f"codewords of width {width} fit no table of width {embedding_dim}")
         super().__init__(

@@ -15,7 +15,8 @@ td, th { border-bottom: 1px solid #ccc; padding: .2em .8em; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
 svg { height: auto; margin: 1em; max-width: 100%; }
 """
-NO_PICTURES = "<p>Pictures need matplotlib: pip install 'plmcc[report]'</p>"
+_MISSING = "Pictures need matplotlib: pip install 'plmcc[report]'"
+NO_PICTURES = f"<p>{escape(_MISSING)}</p>"
 
 
 def page(values: Mapping[str, Any], pictures: Sequence[Pictured]) -> str:

@@ -211,7 +211,7 @@ MISTAKES = [
     body("evaluate: [§{metric: f1}]\n", "PLM102", "add `data: ...`"),
     body("lower: {to: §compile}\n", "PLM103", "write [compile]"),
     body("lower: {to: [compile, §onnx]}\n", "PLM105", "'compile'"),
-    body("lower: {to: §[]}\n", "PLM104", "at least 1"),
+    body("lower: §{to: []}\n", "PLM108", "add `to: [compile]` or `quantize`"),
     body("lower: {to: [compile], dynamic: §off}\n", "PLM103", "write false"),
     # stages
     body("stages: §[{name: a, passes: [compositional_codes]}]\n", "PLM108", "into a stage"),
