@@ -2,11 +2,12 @@
 
     python benchmarks/tied_head.py --tokens 1024
 
-A T5-shaped model with a tied table of 250,112 x 512 random values (mT5's size). For each pass the
+The tied table of a T5-shaped model, 250,112 x 512 random values (mT5's size). For each pass the
 head alone is run: `forward` turns hidden states of so many tokens into logits, `backward` goes from
-random gradients of the logits back to hidden states and weights. `soft` is the form that trains,
-`hard` the deployed one. Codes are random: they decide nothing about speed. Times are medians of the
-process's own time, alternating with the dense head; `ratio` is to the dense head's.
+random gradients of the logits back to hidden states and weights. The heads are those of deployed
+tables; all but adaptive codes train in the same form. Codes are random: they decide nothing about
+speed. Times are medians of the process's own time, alternating with the dense head; `ratio` is to
+the dense head's.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plmcc.passes.adaptive_codes import AdaptiveCodes, AdaptiveEmbedding, SoftAdaptive
+from plmcc.passes.adaptive_codes import AdaptiveEmbedding
 from plmcc.passes.binary_embedding import BinaryCodedEmbedding
 from plmcc.passes.compositional_codes import CodedEmbedding
 from plmcc.passes.distilled_factorization import FactorizedEmbedding
@@ -53,45 +55,28 @@ def filled(module: nn.Module) -> Any:
     return module
 
 
-def heads() -> dict[str, Any]:
-    size: dict[str, Any] = {"num_embeddings": ROWS, "embedding_dim": DIMS}
-    quarter = ROWS // 4
-    adaptive = filled(AdaptiveEmbedding(**size, lengths=LENGTHS, counts=[quarter] * 4))
-    # Each code-book as often as its count says.
-    adaptive.selector.fill_(0b00011011)
-    span, bits = {"span": 0.15}, {"bits": 256}
-    return {
-        "compositional_codes, 32 of 16": filled(CodedEmbedding(**size, codebooks=32, codewords=16)),
-        "binary_embedding, 256 bits": filled(
-            BinaryCodedEmbedding(**size, **bits, **span, activation="tanh")
-        ),
-        "binary_embedding, 256 bits, no activation": filled(
-            BinaryCodedEmbedding(**size, **bits, **span, activation="none")
-        ),
-        "distilled_factorization, rank 48": filled(
-            FactorizedEmbedding(**size, rank=48, storage="dense")
-        ),
-        "distilled_factorization, rank 64, uint8": filled(
-            FactorizedEmbedding(**size, rank=64, storage="uint8")
-        ),
-        "adaptive_codes, 32 to 256 bits": adaptive,
-        "adaptive_codes, 32 to 256 bits, in training": soft_adaptive(),
-    }
+def coded(kind: Any, **options: Any) -> Callable[[], Any]:
+    return lambda: filled(kind(num_embeddings=ROWS, embedding_dim=DIMS, **options))
 
 
-def soft_adaptive() -> SoftAdaptive:
-    random = torch.Generator().manual_seed(0)
-    table_VD = torch.randn(ROWS, DIMS, generator=random) * 0.05
-    options = AdaptiveCodes(lengths=LENGTHS)
-    layout: dict[str, Any] = {
-        "num_embeddings": ROWS, "embedding_dim": DIMS, "padding_idx": None,
-        "zero_padding": False, "scale": 1.0,
-    }  # fmt: skip
-    books = [torch.randn(length, DIMS, generator=random) * 0.05 for length in LENGTHS]
-    biases = [torch.zeros(DIMS) for _ in LENGTHS]
-    soft = SoftAdaptive(options, layout, table_VD, 0.15, books, biases)
-    soft.train()
-    return soft
+def adaptive() -> AdaptiveEmbedding:
+    made = coded(AdaptiveEmbedding, lengths=LENGTHS, counts=[ROWS // 4] * 4)()
+    made.selector.fill_(0b00011011)  # each code-book as often as its count says
+    return made  # type: ignore[no-any-return]
+
+
+HEADS: dict[str, Callable[[], Any]] = {
+    "compositional_codes, 32 of 16": coded(CodedEmbedding, codebooks=32, codewords=16),
+    "binary_embedding, 256 bits, no activation": coded(
+        BinaryCodedEmbedding, bits=256, span=0.15, activation="none"
+    ),
+    "binary_embedding, 256 bits": coded(
+        BinaryCodedEmbedding, bits=256, span=0.15, activation="tanh"
+    ),
+    "distilled_factorization, rank 48": coded(FactorizedEmbedding, rank=48, storage="dense"),
+    "distilled_factorization, rank 64, uint8": coded(FactorizedEmbedding, rank=64, storage="uint8"),
+    "adaptive_codes, 32 to 256 bits": adaptive,
+}
 
 
 def step(module: Any, hidden_ND: Tensor, given_NV: Tensor) -> tuple[float, float]:
@@ -116,9 +101,10 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     dense = filled(Dense(torch.empty(ROWS, DIMS)))
-    for name, module in heads().items():
+    for name, make in HEADS.items():
         if not name.startswith(arguments.only):
             continue
+        module = make()
         for tokens in arguments.tokens:
             hidden_ND = torch.randn(tokens, DIMS)
             given_NV = torch.randn(tokens, ROWS) / ROWS

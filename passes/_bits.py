@@ -35,6 +35,16 @@ def pack(codes_VM: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.concatenate(packed)).to(codes_VM.device)
 
 
+def unpack_bits(packed_NB: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Read bits (N, bits) of a dtype from uint8 rows (N, B): a byte at a time, from a list of all
+    256."""
+    bytes_ = torch.arange(256, device=packed_NB.device)
+    places = torch.arange(7, -1, -1, device=packed_NB.device)
+    every = (bytes_[:, None] >> places & 1).to(dtype)
+    rows = every.index_select(0, packed_NB.flatten().int())
+    return rows.view(packed_NB.shape[0], 8 * packed_NB.shape[1])[:, :bits]
+
+
 def unpack(packed_NB: Tensor, codes: int, bits: int) -> Tensor:
     """Read `codes` codes of `bits` bits (at most 16) from uint8 rows (N, B); int64 (N, codes).
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plmcc.passes._bits import pack
+from plmcc.passes._bits import pack, unpack_bits
 
 
 def selector_bits(books: int) -> int:
@@ -49,9 +49,9 @@ def pack_stream(bits_T: Tensor) -> Tensor:
     return pack(bits_T[None], 1)[0]
 
 
-def unpack_stream(packed_B: Tensor, count: int) -> Tensor:
-    """The first `count` bits of a stream, as uint8 0 and 1."""
-    return read_bits(packed_B, torch.arange(count, device=packed_B.device))
+def unpack_stream(packed_B: Tensor, count: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """The first `count` bits of a stream, as 0 and 1 of a dtype."""
+    return unpack_bits(packed_B[None], count, dtype)[0]
 
 
 def read_bits(packed_B: Tensor, places: Tensor) -> Tensor:

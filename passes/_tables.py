@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from plmcc.api import Hard, Layout, Miss, Objective, Site, Soft
 from plmcc.program import Program
 
+_PART = 8192
+"""Rows that are looked at, or compared, at once."""
+
 
 def matched_tables(
     program: Program,
@@ -44,7 +47,8 @@ def table_of(site: Site) -> Tensor:
     table_VD = site.module.get_parameter("weight").detach()
     if table_VD.is_meta:
         return table_VD
-    finite_V = torch.isfinite(table_VD).all(1)
+    # By parts: isfinite takes a copy of what it looks at.
+    finite_V = torch.cat([torch.isfinite(part).all(1) for part in table_VD.split(_PART)])
     if not finite_V.all():
         row = int(finite_V.logical_not().nonzero()[0])
         raise ValueError(f"the table holds values that are not finite, the first in row {row}")
@@ -188,7 +192,7 @@ def reconstruction(table_VD: Tensor, rows: Callable[[Tensor], Tensor]) -> dict[s
     """
     squares, distances, spread = 0.0, 0.0, 0.0
     mean_D = table_VD.float().mean(0)
-    for ids_N in torch.arange(len(table_VD), device=table_VD.device).split(8192):
+    for ids_N in torch.arange(len(table_VD), device=table_VD.device).split(_PART):
         expected_ND = table_VD[ids_N].float()
         error_N = (rows(ids_N).float() - expected_ND).square().sum(-1)
         squares, distances = squares + float(error_N.sum()), distances + float(error_N.sqrt().sum())

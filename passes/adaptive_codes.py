@@ -345,14 +345,14 @@ class AdaptiveEmbedding(CompressedTable):
 
     def products(self, hidden_ND: Tensor) -> Tensor:
         """Products (N, V): group by group, then in the order of the vocabulary."""
-        bits_T = unpack_stream(self.codes, self.code_bits).to(hidden_ND.dtype)
+        bits_T = unpack_stream(self.codes, self.code_bits, hidden_ND.dtype)
         parts = (hidden_ND @ self.codebooks.T).split(self.lengths, -1)
         biases_NN = hidden_ND @ self.bias.T
         groups, start = [], 0
         for index, part_Nl in enumerate(parts):
             end = start + self.counts[index] * self.lengths[index]
             bits_nl = bits_T[start:end].view(-1, self.lengths[index])
-            groups.append(part_Nl @ bits_nl.T + biases_NN[:, index : index + 1])
+            groups.append(torch.addmm(biases_NN[:, index : index + 1], part_Nl, bits_nl.T))
             start = end
         choice_V, places_V = self._groups()
         for index in range(1, len(self.counts)):

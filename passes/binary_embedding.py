@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from plmcc.api import Miss, Objective, Pass, Planned, Site, Soft
 from plmcc.passes._binary import ACTIVATIONS, Binariser, codes_of, similarity_kept
-from plmcc.passes._bits import pack, row_bytes, unpack
+from plmcc.passes._bits import pack, row_bytes, unpack_bits
 from plmcc.passes._tables import (
     CompressedTable,
     LearningRate,
@@ -193,17 +193,18 @@ class BinaryCodedEmbedding(CompressedTable):
         tiles = self.codes.split(_TILE)
         if self.activation != "none":
             return torch.cat([hidden_ND @ self._decoded(tile).T for tile in tiles], -1)
+        hidden_ND = hidden_ND * self.span  # here, where it is smaller than the logits
         with_bits_Nn = hidden_ND @ self.decoder.T
         with_bias_N1 = (hidden_ND @ self.bias)[:, None]
-        products = [with_bits_Nn @ self._bits(tile).T for tile in tiles]
-        return (torch.cat(products, -1) + with_bias_N1) * self.span
+        products = [torch.addmm(with_bias_N1, with_bits_Nn, self._bits(tile).T) for tile in tiles]
+        return torch.cat(products, -1)
 
     def _decoded(self, packed_NB: Tensor) -> Tensor:
         inner_ND = torch.addmm(self.bias, self._bits(packed_NB), self.decoder)
         return ACTIVATIONS[self.activation](inner_ND) * self.span
 
     def _bits(self, packed_NB: Tensor) -> Tensor:
-        return unpack(packed_NB, self.bits, 1).to(self.decoder.dtype)
+        return unpack_bits(packed_NB, self.bits, self.decoder.dtype)
 
     def binary_codes(self) -> tuple[Tensor, int]:
         """The packed codes (V, ⌈n/8⌉) uint8, and n."""

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,13 +62,15 @@ class Codes(Lexicon):
         pair = self.columns[:, self.index(first)] ^ self.columns[:, self.index(second)]
         return 1 - int(np.bitwise_count(pair).sum()) / self.bits
 
-    def distances(self, ids: Sequence[int], signs: Sequence[int]) -> npt.NDArray[np.int32]:
+    def distances(self, ids: Sequence[int], signs: Sequence[int]) -> npt.NDArray[Any]:
         """Return Hamming distances (V,), of several words their signed sum.
 
         Codes as vectors of -1 and 1 have one length, and their inner products are n - 2·Hamming:
         the order is that of the cosine with the signed sum of such vectors (3CosAdd).
         """
-        total_V = np.zeros(len(self), np.int32)
+        # Sixteen bits where they suffice: what takes time is memory.
+        small = len(ids) * self.bits < np.iinfo(np.int16).max
+        total_V = np.zeros(len(self), np.int16 if small else np.int32)
         for index, sign in zip(ids, signs, strict=True):
             add = np.add if sign > 0 else np.subtract
             for column_V in self.columns:
@@ -83,7 +86,7 @@ class Codes(Lexicon):
         found = []
         for ids in ids_Q3:
             distances_V = self.distances(ids, (-1, 1, 1))
-            distances_V[ids] = np.iinfo(np.int32).max
+            distances_V[ids] = np.iinfo(distances_V.dtype).max
             found.append(int(distances_V.argmin()))
         return np.array(found)
 
