@@ -180,10 +180,27 @@ def vectors_speed(rows: list[dict[str, Any]]) -> str:
                 WORK[row["measure"]],
                 f"{row['rows']:,}",
                 str(row["threads"]),
-                _time(row["cpu_seconds"]),
+                _time(row["seconds"]),
                 f"{row['peak_gb']:.1f} GB",
             )
             for row in rows
+        ],
+    )
+
+
+def tied_head(rows: list[dict[str, Any]]) -> str:
+    tokens = list(dict.fromkeys(row["tokens"] for row in rows))
+    found = {(row["head"], row["tokens"]): row for row in rows}
+    head = ("head, time relative to the dense one", *(f"{n} tokens" for n in tokens), "weights")
+    return markdown(
+        head,
+        [
+            (
+                name,
+                *(f"x{found[name, n]['ratio']:.2f}" for n in tokens),
+                f"{100 * found[name, tokens[0]]['weight_share']:.1f} %",
+            )
+            for name in dict.fromkeys(row["head"] for row in rows)
         ],
     )
 
@@ -245,6 +262,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "joint_attention": joint_attention,
     "minilm_codes": minilm_codes,
     "pruning": pruning,
+    "tied_head": tied_head,
     "translation": translation,
     "vectors": vectors,
 }

@@ -5,7 +5,8 @@
 The tied table of a T5-shaped model, 250,112 x 512 random values (mT5's size). For each pass the
 head alone is run: `forward` turns hidden states of so many tokens into logits, `backward` goes from
 random gradients of the logits back to hidden states and weights. The heads are those of deployed
-tables; all but adaptive codes train in the same form. Codes are random: they decide nothing about
+tables; all but adaptive codes, which keep the original table until their lengths are learned, train
+in the same form. Codes are random: they decide nothing about
 speed. Times are medians of the process's own time, alternating with the dense head; `ratio` is to
 the dense head's.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plmcc.passes.adaptive_codes import AdaptiveEmbedding
+from plmcc.passes.adaptive_codes import AdaptiveCodes, AdaptiveEmbedding, SoftAdaptive
 from plmcc.passes.binary_embedding import BinaryCodedEmbedding
 from plmcc.passes.compositional_codes import CodedEmbedding
 from plmcc.passes.distilled_factorization import FactorizedEmbedding
@@ -65,6 +66,22 @@ def adaptive() -> AdaptiveEmbedding:
     return made  # type: ignore[no-any-return]
 
 
+def in_training() -> SoftAdaptive:
+    random = torch.Generator().manual_seed(0)
+    layout: dict[str, Any] = {
+        "num_embeddings": ROWS, "embedding_dim": DIMS, "padding_idx": None,
+        "zero_padding": False, "scale": 1.0,
+    }  # fmt: skip
+    table_VD, *books = (
+        torch.randn(rows, DIMS, generator=random) * 0.05 for rows in (ROWS, *LENGTHS)
+    )
+    biases = [torch.zeros(DIMS) for _ in LENGTHS]
+    options = AdaptiveCodes(lengths=LENGTHS)
+    made = SoftAdaptive(options, layout, table_VD, 0.15, books, biases)
+    made.train()
+    return made
+
+
 HEADS: dict[str, Callable[[], Any]] = {
     "compositional_codes, 32 of 16": coded(CodedEmbedding, codebooks=32, codewords=16),
     "binary_embedding, 256 bits, no activation": coded(
@@ -76,6 +93,7 @@ HEADS: dict[str, Callable[[], Any]] = {
     "distilled_factorization, rank 48": coded(FactorizedEmbedding, rank=48, storage="dense"),
     "distilled_factorization, rank 64, uint8": coded(FactorizedEmbedding, rank=64, storage="uint8"),
     "adaptive_codes, 32 to 256 bits": adaptive,
+    "adaptive_codes, while lengths are learned": in_training,
 }
 
 
@@ -111,7 +129,7 @@ def main() -> None:
             times = [(*step(dense, hidden_ND, given_NV), *step(module, hidden_ND, given_NV))
                      for _ in range(arguments.rounds)]  # fmt: skip
             base_f, base_b, own_f, own_b = (statistics.median(v) for v in zip(*times, strict=True))
-            stored = sum(t.nbytes for t in module.state_dict().values())
+            stored = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
             rows.append({
                 "head": name, "tokens": tokens, "forward": round(own_f, 3),
                 "backward": round(own_b, 3), "dense_forward": round(base_f, 3),

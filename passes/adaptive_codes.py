@@ -52,6 +52,8 @@ from plmcc.passes._tables import (
 from plmcc.program import Program
 from plmcc.progress import Progress
 
+_TILE = 4096
+"""Rows that a tied head looks at at once."""
 _DEVIATIONS = 3.0
 """Standard deviations of the table's values that are the unit of the code-books."""
 
@@ -212,15 +214,19 @@ class SoftAdaptive(Table, Soft):
         return self._mixed(ids_N, self.selection(ids_N))
 
     def products(self, hidden_ND: Tensor) -> Tensor:
-        """Products (N, V), a code-book at a time."""
+        """Products (N, V), by tiles of the vocabulary: with the code vectors and constants, and
+        then with codes weighted by selection, and its weights."""
         every_V = torch.arange(self.num_embeddings, device=hidden_ND.device)
         weights_VN = self.selection(every_V).to(hidden_ND.dtype)
-        parts = [
-            ((hidden_ND @ book_lD.T) @ self._codes(self.table, book_lD).T
-            + (hidden_ND @ self.bias[index])[:, None]) * weights_VN[:, index]
-            for index, book_lD in enumerate(self._books())
-        ]  # fmt: skip
-        return torch.stack(parts).sum(0) * self.span
+        inner_NP = hidden_ND @ torch.cat([self.codebooks, self.bias]).T * self.span
+        lengths_N = torch.tensor(self.lengths, device=hidden_ND.device)
+        tiles = zip(self.table.split(_TILE), weights_VN.split(_TILE), strict=True)
+        parts = []
+        for x_ND, weights_NN in tiles:
+            weights_Nl = weights_NN.repeat_interleave(lengths_N, 1, output_size=sum(self.lengths))
+            codes_Nl = self._codes(x_ND, self.codebooks) * weights_Nl
+            parts.append(inner_NP @ torch.cat([codes_Nl, weights_NN], -1).T)
+        return torch.cat(parts, -1)
 
     def distance(self, ids_N: Tensor) -> Tensor:
         """Squared error relative to the mean square of the rows: of all code-books alike, or of the

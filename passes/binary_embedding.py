@@ -186,22 +186,22 @@ class BinaryCodedEmbedding(CompressedTable):
 
     def rows(self, ids_N: Tensor) -> Tensor:
         """Rows (N, D), decoded from their bits."""
-        return self._decoded(self.codes[ids_N])
+        return self._activated(self.codes[ids_N]) * self.span
 
     def products(self, hidden_ND: Tensor) -> Tensor:
         """Products (N, V), by tiles of the vocabulary."""
         tiles = self.codes.split(_TILE)
+        hidden_ND = hidden_ND * self.span  # here, where it is smaller than the table
         if self.activation != "none":
-            return torch.cat([hidden_ND @ self._decoded(tile).T for tile in tiles], -1)
-        hidden_ND = hidden_ND * self.span  # here, where it is smaller than the logits
+            return torch.cat([hidden_ND @ self._activated(tile).T for tile in tiles], -1)
         with_bits_Nn = hidden_ND @ self.decoder.T
         with_bias_N1 = (hidden_ND @ self.bias)[:, None]
         products = [torch.addmm(with_bias_N1, with_bits_Nn, self._bits(tile).T) for tile in tiles]
         return torch.cat(products, -1)
 
-    def _decoded(self, packed_NB: Tensor) -> Tensor:
+    def _activated(self, packed_NB: Tensor) -> Tensor:
         inner_ND = torch.addmm(self.bias, self._bits(packed_NB), self.decoder)
-        return ACTIVATIONS[self.activation](inner_ND) * self.span
+        return ACTIVATIONS[self.activation](inner_ND)
 
     def _bits(self, packed_NB: Tensor) -> Tensor:
         return unpack_bits(packed_NB, self.bits, self.decoder.dtype)
