@@ -85,12 +85,11 @@ class PruneVocabulary(Pass):
         Raises:
             PlmccError: the tokenizer or the model is not of a known kind, or nothing is left out.
         """
-        place = "prune_vocabulary"
         tokenizer = source.need_tokenizer("`prune_vocabulary`")
         values = definition(tokenizer)
         kind = type(tokenizer).__name__ if values is None else values["model"]["type"]
         if values is None or kind not in KINDS:
-            raise error("PLM303", "this kind of tokenizer cannot be cut", place, given=kind,
+            raise error("PLM303", "this kind of tokenizer cannot be cut", given=kind,
                         allowed=", ".join(KINDS), cure="use a fast tokenizer")  # fmt: skip
         counts, seen = self._count(source, base)
         size = len(counts)
@@ -103,17 +102,19 @@ class PruneVocabulary(Pass):
         always = special(values) | characters(values, seen)
         kept = sorted(i for i in spelt(values, chosen | always) if i < rows)
         if not chosen:
-            raise error("PLM303", "the text holds no token often enough", f"{place}.text")
+            given = f"{int(counts.sum())} tokens in {', '.join(self.reads())}"
+            raise error("PLM303", "the text holds no token often enough", given=given,
+                        allowed=f"a token that occurs {self.min_count} times")  # fmt: skip
         if len(kept) >= min(size, rows):
             message = f"all {size} tokens are needed: there is nothing to prune"
-            raise error("PLM203", message, f"{place}.text", cure="set `min_count` or `keep`")
+            raise error("PLM203", message, cure="set `min_count` or `keep`")
         if max(special(values)) >= rows:
             message = f"the tokenizer has {size} tokens, the model only {rows} rows"
-            raise error("PLM303", message, place)
+            raise error("PLM303", message)
         try:
             cut(source.model, kept)
         except ValueError as problem:
-            raise error("PLM203", f"this model cannot be cut: {problem}", place) from None
+            raise error("PLM203", f"this model cannot be cut: {problem}") from None
         source.retokenized = True
         source.tokenizer = rebuilt(tokenizer, shortened(values, kept))
         return {"tokens_before": float(rows), "tokens": float(len(kept)),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plmcc.cli_plan import Format, Output, print_json
 from plmcc.diagnostics import did_you_mean, error
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def compare(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Write compare.html and compare.json."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    printed: Output = Format.text,
 ) -> None:
     """Compare recipes by size and quality, with what else as many bytes could do."""
     from plmcc.recipe import load_recipe
@@ -73,8 +74,8 @@ def compare(
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (output / "compare.json").write_text(text, encoding="utf-8")
         (output / "compare.html").write_text(page(asked, rows), encoding="utf-8")
-    if as_json:
-        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
+    if printed is Format.json:
+        print_json(values)
     else:
         _print(asked, rows)
 

@@ -101,7 +101,14 @@ class Comparison:
         length, tokenizer = source.max_length(_LENGTH), source.need_tokenizer("a comparison")
         evaluator = Evaluator(source.model, tokenizer, source.pooling, None, length)
         plain = Evaluate.model_validate({"metric": self.metric, "data": "-"})
-        rows = (rows_of(source.task, plain, data, self.base) for data in self.data)
+        rows = [rows_of(source.task, plain, data, self.base) for data in self.data]
+        for table in rows:
+            if self.metric in ("spearman", "pearson") and len(table.text) != 2:
+                message = f"{self.metric} compares two texts a row with a number"
+                given, allowed = ", ".join(table.table.column_names), "label, text_a, text_b"
+                cure = "name pairs; for sets of word similarity, MODEL is a file of word vectors"
+                raise error("PLM301", message, table.source, given=f"the columns {given}",
+                            allowed=allowed, cure=cure)  # fmt: skip
         return tuple(round(evaluator.compute(self.metric, table), 4) for table in rows)
 
 

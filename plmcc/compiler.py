@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from plmcc import artifact, catalog, question_answering, rewrite
 from plmcc.api import Pass
 from plmcc.bench import Latency, measure
 from plmcc.data import Rows
-from plmcc.diagnostics import error
+from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluate import Evaluator
 from plmcc.generate import translates
 from plmcc.lessons import evaluation_rows, head_shown, lesson_of, with_teacher
@@ -215,12 +215,22 @@ def prepare(recipe: Recipe, source: Source, base: Path | None, result: Result, s
             message = "it changes what data is made of, which has been encoded by then"
             place, given = recipe.pass_place(number, index), recipe.steps()[number].name
             raise error("PLM303", message, place, given=given, cure="move it to the first stage")
-    for _, _, chosen in places:
+    seen: set[type[Pass]] = set()
+    for number, index, chosen in places:
         if prepares(chosen):
-            name = catalog.name_of(type(chosen))
+            name, place = catalog.name_of(type(chosen)), recipe.pass_place(number, index)
+            if type(chosen) in seen:
+                cure = "keep one, with all that the other has"
+                raise error("PLM204", f"`{name}` stands here for the second time", place, cure=cure)
+            seen.add(type(chosen))
             say(f"{name}: looking at the text")
             start = time.perf_counter()
-            figures = chosen.prepare(source, base) or {}
+            try:
+                figures = chosen.prepare(source, base) or {}
+            except PlmccError as problem:
+                # What a pass says of itself stands in the recipe; files have places of their own.
+                found = [d if d.place else replace(d, place=place) for d in problem.diagnostics]
+                raise PlmccError(*found) from None
             result.seconds[f"{name}.prepare"] = round(time.perf_counter() - start, 3)
             record = {"pass": name, "paths": ["tokenizer"], "figures": figures, "layout": {}}
             result.sites.append(record)

@@ -7,7 +7,6 @@ plan`), and the model so changed is counted, and is what the next stage is match
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,17 @@ from plmcc.compiler import (
     prepares,
     quantization,
 )
-from plmcc.cost import Cost, activation_bytes, cost
+from plmcc.cost import Cost, cost
 from plmcc.deploy import Target, targets
 from plmcc.diagnostics import Diagnostic, Place, PlmccError, error
 from plmcc.lessons import head_shown
 from plmcc.program import Program
-from plmcc.recipe import Recipe, Scratch, Stage, Train
-from plmcc.recipe_parts import Synthetic
+from plmcc.recipe import Recipe, Scratch
 from plmcc.rewrite import claim, match_pass, splice
 from plmcc.scratch import new_source
 from plmcc.size import module_bytes
 from plmcc.source import Source, load_source
-
-_BATCH = 8  # of transformers.TrainingArguments
+from plmcc.training_memory import Extra, Memory, training_memory
 
 
 @dataclass(frozen=True)
@@ -70,29 +67,6 @@ class Rule:
     note: str = ""
     """What else is to be said: figures of `prepare`, or why nothing can be planned."""
     failed: bool = False
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that the training of a stage needs, estimated.
-
-    `activations` is what autograd keeps of a batch (`plmcc.cost.activation_bytes`); what the
-    libraries need beside it, and fragmentation, is not in the sum.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    teacher: int
-    activations: int | None
-    batch: int
-    length: int
-
-    @property
-    def total(self) -> int:
-        """The sum; without activations where these are not known."""
-        known = (self.weights, self.gradients, self.optimizer, self.teacher)
-        return sum(known) + (self.activations or 0)
 
 
 @dataclass(frozen=True)
@@ -205,7 +179,7 @@ def plan(
         extra = _stage(chosen, model, rules, made, rewritten)
         memory = None
         if stage.train is not None and not brief and not made.problems:
-            memory = _memory(model, stage, stage.train, extra, original)
+            memory = training_memory(model, stage, stage.train, extra, original)
         named = made.before.components
         after = None if made.problems else cost(model, named=named, run=not brief)
         made.stages.append(StagePlan(stage.name, tuple(rules), memory, after))
@@ -243,23 +217,13 @@ def _prepared(recipe: Recipe, number: int, index: int, done: dict[str, str]) -> 
                 failed=name not in done)  # fmt: skip
 
 
-@dataclass
-class _Extra:
-    """What training holds beside the planned modules: numbers that train, and bytes that do not;
-    and how many numbers the passes train in all."""
-
-    trained: int = 0
-    frozen: int = 0
-    ours: int = 0
-
-
 def _stage(
     chosen: list[tuple[int, Pass, Place | str]],
     model: PreTrainedModel,
     rules: list[Rule],
     made: Plan,
     rewritten: list[tuple[str, str, str]],
-) -> _Extra:
+) -> Extra:
     """Match the rules of a stage, all before any of them changes the model, and then carry them
     out."""
     taken: dict[str, str] = {}
@@ -267,7 +231,7 @@ def _stage(
     for index, one, place in chosen:
         rules[index], sites = _matched(model, one, place, taken, made)
         found.append((index, one, sites))
-    extra = _Extra()
+    extra = Extra()
     for index, one, sites in found if not made.problems else ():
         name = rules[index].name
         planned = [_carried_out(model, one, site, extra) for site in sites]
@@ -293,7 +257,7 @@ def _matched(
     return Rule(name, str(place), misses=tuple(misses)), sites
 
 
-def _carried_out(model: PreTrainedModel, chosen: Pass, site: Site, extra: _Extra) -> PlannedSite:
+def _carried_out(model: PreTrainedModel, chosen: Pass, site: Site, extra: Extra) -> PlannedSite:
     """Give a site the form that it will have."""
     module, before = type(site.module).__name__, module_bytes(site.module)
     numbers = _count(site.module)
@@ -342,52 +306,3 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 
 def _line(problem: BaseException) -> str:
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]
-
-
-def _memory(
-    model: PreTrainedModel, stage: Stage, settings: Train, extra: _Extra, original: int
-) -> Memory:
-    width = model.dtype.itemsize
-    trained = extra.ours
-    if settings.trainable != "passes":
-        left = model.modules() if settings.trainable == "all_but_embeddings" else ()
-        tables = {id(p) for m in left if isinstance(m, nn.Embedding) for p in m.parameters()}
-        own = (p for p in model.parameters() if p.requires_grad and id(p) not in tables)
-        trained = extra.trained + sum(p.numel() for p in own)
-    weights = sum(t.nbytes for t in {id(t): t for t in _tensors(model)}.values())
-    batch, length = _batch(settings, model)
-    checkpointing = bool(settings.arguments.get("gradient_checkpointing"))
-    return Memory(
-        weights=weights + extra.trained * width + extra.frozen,
-        gradients=trained * width,
-        optimizer=round(trained * _optimizer_bytes(settings, width)),
-        teacher=original if settings.distill else 0,
-        activations=activation_bytes(model, batch, length, checkpointing),
-        batch=batch,
-        length=length,
-    )
-
-
-def _tensors(model: nn.Module) -> Sequence[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-def _optimizer_bytes(settings: Train, width: int) -> float:
-    """Bytes of optimiser state for a number: two moments, or what is known of others."""
-    name = str(settings.arguments.get("optim", "adamw_torch"))
-    if "8bit" in name:
-        return 2
-    if name.startswith(("sgd", "adafactor")):
-        return 0
-    return 2 * width
-
-
-def _batch(settings: Train, model: PreTrainedModel) -> tuple[int, int]:
-    """Return sequences in a batch and tokens in a sequence, the longest that there can be."""
-    data = settings.data
-    length = data.max_length
-    if data.train == "synthetic":
-        length = (data.synthetic or Synthetic()).length
-    if settings.tokens_per_batch is not None:
-        return max(1, settings.tokens_per_batch // length), length
-    return int(settings.arguments.get("per_device_train_batch_size", _BATCH)), length

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from plmcc.api import Miss
 from plmcc.cost import Cost
-from plmcc.plan import Memory, Plan, PlannedSite, Rule
+from plmcc.plan import Plan, PlannedSite, Rule
+from plmcc.training_memory import Memory
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 

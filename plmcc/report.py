@@ -18,7 +18,7 @@ from plmcc.diagnostics import PlmccError
 from plmcc.page import page
 from plmcc.recipe import Recipe, Scratch, TrainTokenizer
 from plmcc.size import file_bytes
-from plmcc.source import Source, file_digest, folder_digests, is_vectors, write_json
+from plmcc.source import Source, folder_digests, is_vectors, write_json
 from plmcc.tasks import auto_class
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def lock(recipe: Recipe, source: Source, base: Path | None = None) -> dict[str, 
     named += [s for asked in recipe.evaluate for s in (asked.data, asked.target) if s]
     if isinstance(recipe.model, Scratch) and isinstance(recipe.model.tokenizer, TrainTokenizer):
         named.append(recipe.model.tokenizer.train)
-    files = {str(file): file_digest(file) for name in named for file in _existing(name, base)}
+    files = {str(file): seal.digest(file) for name in named for file in _existing(name, base)}
     passes = {catalog.name_of(type(p)) for stage in recipe.steps() for p in stage.passes}
     return {
         "recipe": recipe.digest(),

@@ -4,7 +4,6 @@ pooling."""
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
 from plmcc import artifact
 from plmcc.diagnostics import PlmccError, error, listing, nearest
 from plmcc.programs import positions_of
+from plmcc.seal import digest
 from plmcc.tasks import Pooling, auto_class, task_of
 from plmcc.vector_files import kind_of
 
@@ -329,24 +329,18 @@ def _line(problem: BaseException) -> str:
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]
 
 
-def file_digest(file: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def folder_digests(folder: Path | None) -> dict[str, str]:
     """Return the SHA-256 of each weight file and config of a model directory, or of a file."""
     if folder is None:
         return {}
     if folder.is_file():
-        return {folder.name: file_digest(folder)}
+        return {folder.name: digest(folder)}
     files = sorted(
         f
         for f in folder.iterdir()
         if f.suffix in (".safetensors", ".bin") or f.name == "config.json"
     )
-    return {file.name: file_digest(file) for file in files}
+    return {file.name: digest(file) for file in files}
 
 
 def write_json(file: Path, values: object) -> None:

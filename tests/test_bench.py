@@ -54,7 +54,7 @@ def test_half_the_layers_are_faster(folder: Path) -> None:
         (["out", "--baseline", "m", "--mode", "quick"], "there is no such mode"),
         (["oud", "--baseline", "m"], "there is no such directory"),
         (["out", "--baseline", "m", "--length", "49"], "at most 40"),
-        (["out", "--baseline", "n"], "n"),
+        (["out", "--baseline", "absent"], "no such directory"),
     ],
 )
 def test_mistakes_are_one_paragraph(folder: Path, arguments: list[str], said: str) -> None:

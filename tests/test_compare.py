@@ -104,7 +104,7 @@ def test_recipes_and_rivals_in_one_table_and_picture(folder: Path) -> None:
 
 
 def test_without_rivals_it_needs_no_library(folder: Path) -> None:
-    done = run(folder, "codes.yaml", "m", "--data", "pairs.tsv", "--no-rivals", "--json")
+    done = run(folder, "codes.yaml", "m", "--data", "pairs.tsv", "--no-rivals", "--format", "json")
     assert done.returncode == 0, done.stderr
     assert [r["kind"] for r in json.loads(done.stdout)["rows"]] == ["original", "recipe"]
 
@@ -116,7 +116,9 @@ def test_without_rivals_it_needs_no_library(folder: Path) -> None:
         (["codes.yaml", "bits.yaml", "--data", "pairs.tsv"], "the last argument is the model"),
         (["codes.yaml", "m", "--data", "pairs.tsv", "--metric", "spearmen"], "spearman"),
         (["codes.yaml", "m", "--data", "pears.tsv", "--no-rivals"], "pears.tsv"),
-        (["codes.yaml", "n", "--data", "pairs.tsv", "--no-rivals"], "n"),
+        (["codes.yaml", "absent", "--data", "pairs.tsv", "--no-rivals"], "no such directory"),
+        (["codes.yaml", "m", "--data", "sentences.txt", "--no-rivals"], "two texts a row"),
+        (["codes.yaml", "m", "--data", "pairs.tsv", "--metric", "fidelity"], "labelled data"),
         (["nocodes.yaml", "m", "--data", "pairs.tsv"], "nocodes.yaml"),
         (["codes.yaml", "m", "--data", "pairs.tsv", "-o", "pairs.tsv"], "pairs.tsv"),
         (["codes.yaml", "m", "--data", "pairs.tsv", "--metric", "bleu", "--no-rivals"], "bleu"),
@@ -181,7 +183,15 @@ def test_word_vectors_are_judged_by_word_similarity(folder: Path) -> None:
     (folder / "vectors.txt").write_text("\n".join(rows))
     pairs = [f"{a} {b} {drawn.random():.3f}" for a, b in pairwise(names)]
     (folder / "similar.txt").write_text("\n".join(pairs))
-    given = ["codes.yaml", "vectors.txt", "--data", "similar.txt", "--no-rivals", "--json"]
+    given = [
+        "codes.yaml",
+        "vectors.txt",
+        "--data",
+        "similar.txt",
+        "--no-rivals",
+        "--format",
+        "json",
+    ]
     done = run(folder, *given, "--set", "passes.0.compositional_codes.codebooks=2")
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
