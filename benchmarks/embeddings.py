@@ -27,8 +27,8 @@ from minilm_codes import MODEL, ROOT, sentences
 
 import plmcc
 from plmcc.compare import Compared, Comparison, original, pruned_row, recipe_row, rival_row
+from plmcc.provenance import hardware, versions
 from plmcc.recipe import parse_recipe
-from plmcc.report import hardware, versions
 from plmcc.rivals import product_codes, rivals
 from plmcc.size import file_bytes, module_bytes
 from plmcc.source import load_source, write_json
@@ -37,6 +37,7 @@ ROWS, DIMS = 30522, 384
 TABLE = 4 * ROWS * DIMS
 POINTS = (8, 16, 32, 64, 100)
 METHODS = (
+    "pruned_codes",
     "product_codes",
     "compositional_codes",
     "binary_embedding",
@@ -46,7 +47,10 @@ METHODS = (
     "vocabulary",
     "combined",
 )
-OURS = METHODS[:5]
+OURS = METHODS[:6]
+PRUNED = {8: (27000, 384, 16), 16: (18900, 192, 64), 32: (14000, 192, 16), 64: (13900, 96, 16),
+          100: (12800, 64, 16)}  # fmt: skip
+"""Tokens to keep, codebooks and codewords, chosen on dev: fewer words, each with more bits."""
 
 
 def log(*words: object) -> None:
@@ -56,6 +60,10 @@ def log(*words: object) -> None:
 def options(method: str, point: int) -> dict[str, Any]:
     """The largest of its kind in TABLE / point bytes."""
     limit = TABLE // point
+    if method == "pruned_codes":
+        keep, codebooks, codewords = PRUNED[point]
+        codes = {"codebooks": codebooks, "codewords": codewords, "initialisation": "product"}
+        return {"keep": keep} | codes
     if method == "product_codes":
         codebooks, bits = product_codes(ROWS, DIMS, limit) or (1, 1)
         return {"codebooks": codebooks, "codewords": 2**bits, "initialisation": "product"}
@@ -75,11 +83,16 @@ def options(method: str, point: int) -> dict[str, Any]:
 
 
 def recipe(method: str, chosen: dict[str, Any], run: argparse.Namespace) -> plmcc.Recipe:
-    name = method if method in OURS[1:] else "compositional_codes"
+    name = method if method in OURS[2:] else "compositional_codes"
+    chosen = dict(chosen)
+    keep = chosen.pop("keep", None)
     raw = yaml.safe_load((ROOT / f"recipes/embedding/{name}.yaml").read_text("utf-8"))
     found = raw["passes"][0][name]
     kept = {key: found[key] for key in found if key.endswith(("targets", "expect", "_rate"))}
     raw["passes"] = [{name: kept | chosen}]
+    if keep is not None:
+        text = str(run.work / "sentences.txt")
+        raw["passes"].insert(0, {"prune_vocabulary": {"text": text, "keep": keep}})
     raw["seed"] = run.seed
     raw["train"]["data"]["train"] = str(run.work / "sentences.txt")
     raw["train"]["data"]["limit"] = 48 * run.steps

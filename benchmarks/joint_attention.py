@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from plmcc.report import hardware, versions
+from plmcc.provenance import hardware, versions
 from plmcc.source import write_json
 
 ROOT = Path(__file__).parent.parent

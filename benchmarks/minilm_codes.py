@@ -30,7 +30,7 @@ from plmcc.bench import measure
 from plmcc.data import load_rows
 from plmcc.evaluate import Evaluator
 from plmcc.passes.compositional_codes import CompositionalCodes
-from plmcc.report import hardware, versions
+from plmcc.provenance import hardware, versions
 from plmcc.size import component_bytes, file_bytes
 from plmcc.source import Source, load_source, write_json
 

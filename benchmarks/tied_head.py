@@ -28,7 +28,7 @@ from plmcc.passes.adaptive_codes import AdaptiveCodes, AdaptiveEmbedding, SoftAd
 from plmcc.passes.binary_embedding import BinaryCodedEmbedding
 from plmcc.passes.compositional_codes import CodedEmbedding
 from plmcc.passes.distilled_factorization import FactorizedEmbedding
-from plmcc.report import hardware, versions
+from plmcc.provenance import hardware, versions
 from plmcc.source import write_json
 
 ROOT = Path(__file__).parent.parent

@@ -37,8 +37,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import plmcc
 from plmcc.bench import measure_generation
 from plmcc.export import export_model
+from plmcc.provenance import hardware, versions
 from plmcc.quantize import quantize
-from plmcc.report import hardware, versions
 from plmcc.size import file_bytes
 from plmcc.source import load_source, write_json
 

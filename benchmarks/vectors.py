@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 
 from plmcc.passes._bits import unpack
 from plmcc.passes.binary_embedding import BinaryEmbedding
-from plmcc.report import hardware, versions
+from plmcc.provenance import hardware, versions
 from plmcc.rewrite import harden_all, match, replace_all
 from plmcc.source import write_json
 from plmcc.vectors import Vectors, evaluate, load

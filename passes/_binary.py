@@ -39,10 +39,15 @@ class Binariser:
     regularisation: float
     seed: int = 0
 
-    def fit(self, x_VD: Tensor, step: Callable[[float], None]) -> tuple[Tensor, Tensor]:
-        """Return W (n, D) and c (D,) for rows that are within the range of the activation."""
-        fit = self._official if self.official else self._paper
-        return fit(x_VD, step)
+    def fit(
+        self, x_VD: Tensor, step: Callable[[float], None], weights_V: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return W (n, D) and c (D,) for rows that are within the range of the activation; the
+        paper's loss of a row is multiplied by its weight, the program's never."""
+        if self.official:
+            return self._official(x_VD, step)
+        weights_V = torch.ones(len(x_VD)) if weights_V is None else weights_V
+        return self._paper(x_VD, weights_V.to(x_VD), step)
 
     def _official(self, x_VD: Tensor, step: Callable[[float], None]) -> tuple[Tensor, Tensor]:
         """The program: sums over consecutive batches, orthogonality first, rates times 0.95 an
@@ -58,7 +63,9 @@ class Binariser:
             step((epoch + 1) / self.epochs)
         return weight_nD, bias_D
 
-    def _paper(self, x_VD: Tensor, step: Callable[[float], None]) -> tuple[Tensor, Tensor]:
+    def _paper(
+        self, x_VD: Tensor, weights_V: Tensor, step: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
         """The paper's loss, by Adam over shuffled batches at a rate that falls to zero."""
         random = torch.Generator().manual_seed(self.seed)
         weight_nD, bias_D = (
@@ -70,8 +77,9 @@ class Binariser:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.epochs * batches)
         for epoch in range(self.epochs):
             for ids_N in self._shuffled(len(x_VD), random):
-                x_ND = x_VD[ids_N.to(x_VD.device)]
-                to_weight, bias_D.grad = gradients(x_ND, weight_nD, bias_D, self.activation)
+                ids_N = ids_N.to(x_VD.device)
+                part = (x_VD[ids_N], weight_nD, bias_D, self.activation, weights_V[ids_N])
+                to_weight, bias_D.grad = gradients(*part)
                 orthogonality = orthogonality_gradient(weight_nD)
                 weight_nD.grad = to_weight + self.regularisation * orthogonality
                 optimiser.step()
@@ -92,9 +100,14 @@ def codes_of(x_ND: Tensor, weight_nD: Tensor) -> Tensor:
 
 
 def gradients(
-    x_ND: Tensor, weight_nD: Tensor, bias_D: Tensor, activation: str
+    x_ND: Tensor,
+    weight_nD: Tensor,
+    bias_D: Tensor,
+    activation: str,
+    weights_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ_x ½||x - f(Wᵀb + c)||² by W (n, D) and c (D,); W through the decoder only.
+    With weights (N,) each row's term is multiplied by its own.
 
     f' is 1 - f² for both kinds of tanh, so that a saturated unit has none. The paper's loss is the
     mean over D; its factor 2/D belongs to the learning rate, as in the authors' program.
@@ -103,6 +116,8 @@ def gradients(
     y_ND = ACTIVATIONS[activation](bits_Nn @ weight_nD + bias_D)
     slope = 1.0 if activation == "none" else 1 - y_ND.square()
     delta_ND = (y_ND - x_ND) * slope
+    if weights_N is not None:
+        delta_ND = delta_ND * weights_N[:, None]
     return bits_Nn.T @ delta_ND, delta_ND.sum(0)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from plmcc.api import State
 from plmcc.passes._pressure import Pressure
 from plmcc.passes._prunable import matrix
 from plmcc.passes._scores import (
@@ -33,6 +34,7 @@ from plmcc.passes._target import Aim
 _REFRESH = 25  # steps between two looks at all scores of the model, as in the official code
 _PRESSED = 200  # times in a training that the penalty is steered
 _ABOVE = 1e-5  # by how much scores that stay are above the limit: more than rounding
+_GATHERED = ("density", "left", "_aimed", "_progress", "_ticks", "_cut")
 
 
 @dataclass
@@ -68,6 +70,29 @@ class Rules:
     _progress: float = -1.0
     _ticks: int = 0
     _cut: tuple[tuple[object, ...], float] = ((), 0.0)
+
+    def state(self) -> State:
+        """Return where the schedule stands, and what has been learned besides scores."""
+        sums = self.sensitivity.sums() if self.sensitivity is not None else []
+        found: State = {name: getattr(self, name) for name in _GATHERED}
+        found |= {"pressure": self.pressure.state(), "waiting": self.sensitivity is not None}
+        found |= {"densities": [unit.density for unit in self.units]}
+        return found | {f"sensitivity{i}": one for i, one in enumerate(sums)}
+
+    def restore(self, state: State) -> None:
+        """Take that back."""
+        for name in _GATHERED:
+            setattr(self, name, state[name])
+        self._aimed, (key, value) = tuple(self._aimed), self._cut
+        self._cut = (tuple(key), value)
+        self.pressure.restore(state["pressure"])
+        for unit, density in zip(self.units, state["densities"], strict=True):
+            unit.density = density
+        if self.sensitivity is not None and state["waiting"]:
+            for i, sums in enumerate(self.sensitivity.sums()):
+                sums.copy_(state[f"sensitivity{i}"])
+        elif not state["waiting"]:
+            self.sensitivity = None
 
     @property
     def together(self) -> bool:
@@ -184,10 +209,10 @@ class Unit(nn.Module):
 
     def version(self) -> tuple[object, ...]:
         """Return a value that changes whenever what the mask is computed from is written to."""
-        if self.scores is not None:
-            return (id(self.scores), self.scores._version, self.scores.device)
-        weights = [member.weight for member in self.members]
-        return tuple(value for w in weights for value in (id(w), w._version, w.device))
+        found = [self.scores] if self.scores is not None else [m.weight for m in self.members]
+        # Fused optimisers write without counting it: in training every step makes a new version.
+        step = self.rules._ticks
+        return (step, *(value for w in found for value in (id(w), w._version, w.device)))
 
     def importance(self) -> Tensor:
         """Return the scores; of magnitude pruning, mean magnitudes."""

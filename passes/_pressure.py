@@ -20,6 +20,14 @@ class Pressure:
     factor: float = 1.0
     _sum: float = 0.0
 
+    def state(self) -> list[float]:
+        """Return what has been learned."""
+        return [self.factor, self._sum]
+
+    def restore(self, state: list[float]) -> None:
+        """Take that back."""
+        self.factor, self._sum = state
+
     def update(self, density: float, wanted: float) -> None:
         """Note the present density and the wanted one."""
         wrong = math.log(max(density, _LEAST) / wanted)

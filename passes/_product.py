@@ -17,14 +17,19 @@ _ITERATIONS = 25
 
 
 def product_quantise(
-    table_VD: Tensor, codebooks: int, codewords: int, seed: int, tick: Callable[[str, float], None]
+    table_VD: Tensor,
+    weights_V: Tensor,
+    codebooks: int,
+    codewords: int,
+    seed: int,
+    tick: Callable[[str, float], None],
 ) -> tuple[Tensor, Tensor]:
     """Return codes (V, M) int64 and codebooks (M, K, W) float32 whose chosen rows, side by side,
-    are near the table's."""
+    are near the table's: nearer where a row weighs more."""
     codes, books = [], []
     for index, part_VW in enumerate(table_VD.float().cpu().chunk(codebooks, dim=1)):
         means = KMeans(codewords, n_init=1, max_iter=_ITERATIONS, random_state=seed + index)
-        labels_V = means.fit_predict(part_VW.contiguous().numpy())
+        labels_V = means.fit_predict(part_VW.contiguous().numpy(), sample_weight=weights_V.numpy())
         codes.append(torch.from_numpy(labels_V).long())
         books.append(torch.from_numpy(means.cluster_centers_).float())
         tick("k-means", (index + 1) / codebooks)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plmcc.api import Bars, Hard, Objective, Points, Soft
+from plmcc.api import Bars, Hard, Objective, Points, Soft, State
 from plmcc.diagnostics import error
 from plmcc.passes._compact import Compacted, Matrix, even_groups, figures, whole, without_empty
 from plmcc.passes._masked import Masked, Rules, Unit
@@ -47,6 +47,16 @@ class Pruning(Objective):
     def advance(self, progress: float) -> None:
         """Move the schedule."""
         self.rules.advance(progress)
+
+    def state(self) -> State:
+        """Return the rules' own, with the first of the layers that share them."""
+        first = self.soft.units()[:1] == self.rules.units[:1]
+        return self.rules.state() if first else {}
+
+    def restore(self, state: State) -> None:
+        """Take that back."""
+        if state:
+            self.rules.restore(state)
 
     def loss(self, batch: dict[str, Tensor], output: Any, teacher: Any | None) -> Tensor | None:
         """Return this layer's share of penalty * mean over score tensors of their mean.

@@ -26,23 +26,34 @@ Tick = Callable[[str, float], None]
 
 
 def residual_quantise(
-    table_VD: Tensor, codebooks: int, codewords: int, beam: int, rounds: int, seed: int, tick: Tick
+    table_VD: Tensor,
+    weights_V: Tensor,
+    codebooks: int,
+    codewords: int,
+    beam: int,
+    rounds: int,
+    seed: int,
+    tick: Tick,
 ) -> tuple[Tensor, Tensor]:
     """Return codes (V, M) int64 and codebooks (M, K, D) float32 with Σ_m C[m, code_m] ≈ table row.
 
     Codebooks start as k-means of successive residuals; each of `rounds` rounds encodes the sample
-    by beam search and solves for all codebooks jointly. `tick(what, fraction)` reports progress.
+    by beam search and solves for all codebooks jointly, both with rows of the given weights (V,).
+    `tick(what, fraction)` reports progress.
     Memory beyond the table: one sample.
     """
     rows = np.random.default_rng(seed).permutation(len(table_VD))[:SAMPLE]
-    sample_SD = table_VD[torch.from_numpy(np.sort(rows)).to(table_VD.device)].float()
-    books_MKD = _successive_kmeans(sample_SD, codebooks, codewords, seed, tick)
+    picked_S = torch.from_numpy(np.sort(rows))
+    sample_SD = table_VD[picked_S.to(table_VD.device)].float()
+    weights_S = weights_V[picked_S].to(sample_SD)
+    books_MKD = _successive_kmeans(sample_SD, weights_S, codebooks, codewords, seed, tick)
     best = (float("inf"), books_MKD)
     for done in range(rounds):
         tick("refine", done / rounds)
         codes = encode(sample_SD, books_MKD, beam, lambda _: None)
-        books_MKD = _least_squares(sample_SD, codes, books_MKD)
-        error = float((decode(codes, books_MKD) - sample_SD).square().sum())
+        books_MKD = _least_squares(sample_SD, weights_S, codes, books_MKD)
+        error_S = (decode(codes, books_MKD) - sample_SD).square().sum(-1)
+        error = float(error_S @ weights_S)
         best = min(best, (error, books_MKD), key=lambda pair: pair[0])
     return encode(table_VD, best[1], beam, lambda f: tick("encode", f)), best[1]
 
@@ -67,12 +78,13 @@ def decode(codes_NM: Tensor, books_MKD: Tensor) -> Tensor:
 
 
 def _successive_kmeans(
-    sample_SD: Tensor, codebooks: int, codewords: int, seed: int, tick: Tick
+    sample_SD: Tensor, weights_S: Tensor, codebooks: int, codewords: int, seed: int, tick: Tick
 ) -> Tensor:
-    residual = sample_SD.cpu().numpy().copy()
+    residual, weights = sample_SD.cpu().numpy().copy(), weights_S.cpu().numpy()
     books = []
     for stage in range(codebooks):
-        means = KMeans(codewords, n_init=1, max_iter=15, random_state=seed + stage).fit(residual)
+        means = KMeans(codewords, n_init=1, max_iter=15, random_state=seed + stage)
+        means.fit(residual, sample_weight=weights)
         residual -= means.cluster_centers_[means.labels_]
         books.append(torch.from_numpy(means.cluster_centers_))
         tick("k-means", (stage + 1) / codebooks)
@@ -104,9 +116,11 @@ def _encode_chunk(
     return entries_NBM[:, 0] - offsets
 
 
-def _least_squares(sample_SD: Tensor, codes_SM: Tensor, books_MKD: Tensor) -> Tensor:
-    """All codebooks at once: argmin ||one_hot(codes)·C - X||² with a small pull towards the old
-    codebooks.
+def _least_squares(
+    sample_SD: Tensor, weights_S: Tensor, codes_SM: Tensor, books_MKD: Tensor
+) -> Tensor:
+    """All codebooks at once: argmin ||one_hot(codes)·C - X||², rows weighted, with a small pull
+    towards the old codebooks.
 
     The sum of codebooks is unchanged when a vector moves from one to another, so the normal
     equations are singular without the pull.
@@ -116,10 +130,12 @@ def _least_squares(sample_SD: Tensor, codes_SM: Tensor, books_MKD: Tensor) -> Te
     gram = torch.zeros(size, size, device=sample_SD.device)
     right = torch.zeros(size, dims, device=sample_SD.device)
     offsets = torch.arange(codebooks, device=sample_SD.device) * codewords
-    for rows, codes in zip(sample_SD.split(4 * CHUNK), codes_SM.split(4 * CHUNK), strict=True):
+    parts = (part.split(4 * CHUNK) for part in (sample_SD, weights_S, codes_SM))
+    for rows, weights, codes in zip(*parts, strict=True):
         hot = torch.zeros(len(rows), size, device=rows.device).scatter_(1, codes + offsets, 1.0)
-        gram += hot.T @ hot
-        right += hot.T @ rows
+        weighted = hot * weights[:, None]
+        gram += hot.T @ weighted
+        right += weighted.T @ rows
     pull = 1e-3 * len(sample_SD) / codewords
     gram.diagonal().add_(pull)
     solved: Tensor = torch.linalg.solve(

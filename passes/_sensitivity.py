@@ -40,6 +40,10 @@ class Sensitivity:
 
         unit.scores.register_hook(add)
 
+    def sums(self) -> list[Tensor]:
+        """Return the sums so far."""
+        return [sums for _, sums in self._sums]
+
     @torch.no_grad()
     def begin(self) -> None:
         """Give the scores the ranks of these sums, taken for each weight, over the whole model."""

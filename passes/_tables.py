@@ -35,7 +35,24 @@ def matched_tables(
             continue
         size = found.facts["num_embeddings"], found.facts["embedding_dim"]
         reason = refusal(*size)
-        yield Miss(found.path, reason) if reason else replace(found, warning=warning(*size))
+        if reason:
+            yield Miss(found.path, reason)
+            continue
+        counts = program.counts if found.facts["is_input"] else None
+        facts = found.facts | {"counts": counts}
+        yield replace(found, warning=warning(*size), facts=facts)
+
+
+def weights_of(site: Site, power: float) -> Tensor:
+    """Return what each row (V,) counts for: (1 + n)^power where the data has its token n times,
+    divided by the mean; without data all rows count alike."""
+    counts, rows = site.facts.get("counts"), site.facts["num_embeddings"]
+    times_V = torch.zeros(rows)
+    if counts is not None:
+        known = counts[:rows]
+        times_V[: len(known)] = known.float()
+    weights_V = (1 + times_V) ** power
+    return weights_V / weights_V.mean()
 
 
 def table_of(site: Site) -> Tensor:

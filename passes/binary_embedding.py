@@ -17,6 +17,7 @@ Shapes: V rows, D dimensions, n bits, N tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ from plmcc.passes._tables import (
     matched_tables,
     reconstruction,
     table_of,
+    weights_of,
 )
 from plmcc.program import Program
 from plmcc.progress import Progress
@@ -73,15 +75,19 @@ class BinaryEmbedding(Pass):
     """Of W and c while codes are learned."""
     regularisation: float = Field(1.0, ge=0)
     """λ: weight of orthogonality beside the reconstruction."""
+    frequency_power: float = Field(0.5, ge=0, le=1)
+    """Paper: the loss of a row whose token the training data has n times is multiplied by
+    (1 + n)^power; 0 weighs all alike, as does a recipe without `train`."""
     decoder_learning_rate: float | None = Field(None, gt=0)
     """In training: of the decoder; by default the trainer's own."""
     seed: int = Field(0, ge=0)
     """Of the first weights and the batches; the program has its own."""
 
     @model_validator(mode="after")
-    def _official_has_a_seed(self) -> BinaryEmbedding:
-        if self.preset == "official" and self.seed:
-            raise ValueError("`seed` has no effect with preset `official`: remove it")
+    def _official_decides(self) -> BinaryEmbedding:
+        for name in ("seed", "frequency_power") if self.preset == "official" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` has no effect with preset `official`: remove it")
         return self
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
@@ -114,7 +120,9 @@ class BinaryEmbedding(Pass):
         if binariser.activation != "none":
             x_VD.clamp_(-1, 1)
         with Progress(f"codes for {site.path}") as progress:
-            weight_nD, bias_D = binariser.fit(x_VD, lambda done: progress.step("binarise", done))
+            weights_V = weights_of(site, self.frequency_power)
+            tick = partial(progress.step, "binarise")
+            weight_nD, bias_D = binariser.fit(x_VD, tick, weights_V)
         codes_Vn = codes_of(x_VD, weight_nD)
         hard = BinaryCodedEmbedding(
             **common_layout(site), bits=self.bits, activation=binariser.activation, span=span

@@ -36,6 +36,7 @@ from plmcc.passes._tables import (
     matched_tables,
     reconstruction,
     table_of,
+    weights_of,
 )
 from plmcc.program import Program
 from plmcc.progress import Progress
@@ -65,6 +66,9 @@ class CompositionalCodes(Pass):
     """Residual: candidates kept while a row is encoded."""
     rounds: int = Field(3, ge=0, le=100)
     """Residual: rounds of encoding and joint least squares after the first codebooks."""
+    frequency_power: float = Field(0.5, ge=0, le=1)
+    """Residual and product: a row whose token the training data has n times weighs (1 + n)^power;
+    0 weighs all alike, as does a recipe without `train`."""
     epochs: int = Field(200, ge=1)
     """Paper: passes over the vocabulary."""
     batch_size: int = Field(64, ge=1)
@@ -82,9 +86,11 @@ class CompositionalCodes(Pass):
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> CompositionalCodes:
-        for name in ("beam", "rounds") if self.initialisation == "product" else ():
+        idle = {"product": ("beam", "rounds"), "paper": ("frequency_power",)}
+        for name in idle.get(self.initialisation, ()):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` has no effect with initialisation `product`: remove it")
+                given = self.initialisation
+                raise ValueError(f"`{name}` has no effect with initialisation `{given}`: remove it")
         return self
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
@@ -125,9 +131,8 @@ class CompositionalCodes(Pass):
         """Learn codes for the finished table (no task data), then freeze them; codebooks stay
         trainable."""
         table_VD = table_of(site)
-        fit = {"residual": _fit_residual, "paper": _fit_paper, "product": _fit_product}
         with Progress(f"codes for {site.path}") as progress:
-            codes_VM, books_MKW = fit[self.initialisation](self, table_VD, progress)
+            codes_VM, books_MKW = self._fit(site, table_VD, progress)
         hard = self._empty(site).to(table_VD.device)
         hard.codes.copy_(pack(codes_VM, bits_for(self.codewords)))
         hard.codebooks = nn.Parameter(books_MKW.flatten(0, 1).to(table_VD.dtype).contiguous())
@@ -135,6 +140,14 @@ class CompositionalCodes(Pass):
         used = sum(int(column.unique().numel()) for column in codes_VM.T)
         figures["codewords_used"] = used / (self.codebooks * self.codewords)
         return SoftCodes(hard, figures)
+
+    def _fit(self, site: Site, table_VD: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        if self.initialisation == "paper":
+            return _fit_paper(self, table_VD, progress)
+        given = (table_VD, weights_of(site, self.frequency_power), self.codebooks, self.codewords)
+        if self.initialisation == "product":
+            return product_quantise(*given, self.seed, progress.step)
+        return residual_quantise(*given, self.beam, self.rounds, self.seed, progress.step)
 
     def objective(self, site: Site, soft: Soft) -> Objective | None:
         """Codes are frozen and codebooks train on the task's own loss, if asked at a rate of their
@@ -211,28 +224,6 @@ class CodedEmbedding(CompressedTable):
         """|V|·M·⌈log2 K⌉ + 32·M·K·W, the paper's count (float32 codebooks)."""
         codes = self.num_embeddings * self.num_codebooks * self.bits
         return codes + 32 * self.codebooks.numel()
-
-
-def _fit_residual(
-    options: CompositionalCodes, table_VD: Tensor, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    return residual_quantise(
-        table_VD,
-        options.codebooks,
-        options.codewords,
-        options.beam,
-        options.rounds,
-        options.seed,
-        progress.step,
-    )
-
-
-def _fit_product(
-    options: CompositionalCodes, table_VD: Tensor, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    return product_quantise(
-        table_VD, options.codebooks, options.codewords, options.seed, progress.step
-    )
 
 
 def _fit_paper(

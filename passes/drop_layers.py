@@ -111,19 +111,7 @@ class KeptLayers(Soft):
 
     def rewrite(self, program: Program, path: str) -> None:
         """Drop the other layers, number the kept ones, and tell the configuration."""
-        model = program.model
-        resized = _resized(model, path, self.kept)
-        assert resized is not None, "checked when matching"
-        stack = model.get_submodule(path)
-        assert isinstance(stack, nn.ModuleList)
-        layers = [stack[index] for index in self.kept]
-        stack._modules.clear()
-        for index, layer in enumerate(layers):
-            stack.append(layer)
-            _number(layer, index)
-        for live, values in zip(_configs(model), resized, strict=True):
-            for name, value in values.items():
-                setattr(live, name, value)
+        _drop(program.model, path, self.kept)
 
     def harden(self) -> Hard:
         """Return the record of the choice; the stack is already in its final form."""
@@ -142,14 +130,34 @@ class Stack(Hard):
         self.layout = {"depth": depth, "kept": kept}
 
     def rewrite(self, program: Program, path: str) -> None:
-        """Check that the configuration has built as many layers.
+        """Drop layers of the original; an artifact's configuration has built the right number.
 
         Raises:
-            ValueError: it has not.
+            ValueError: there is another number of layers than either has.
         """
         stack = program.model.get_submodule(path)
-        if not isinstance(stack, nn.ModuleList) or len(stack) != self.layout["depth"]:
-            raise ValueError(f"{path} has not the {self.layout['depth']} layers of the artifact")
+        kept: list[int] = self.layout["kept"]  # type: ignore[assignment]
+        layers = len(stack) if isinstance(stack, nn.ModuleList) else 0
+        if layers == len(kept):
+            return
+        if layers <= max(kept):
+            raise ValueError(f"{path} has not the {len(kept)} layers of the artifact")
+        _drop(program.model, path, kept)
+
+
+def _drop(model: PreTrainedModel, path: str, kept: list[int]) -> None:
+    resized = _resized(model, path, kept)
+    assert resized is not None, "checked when matching"
+    stack = model.get_submodule(path)
+    assert isinstance(stack, nn.ModuleList)
+    layers = [stack[index] for index in kept]
+    stack._modules.clear()
+    for index, layer in enumerate(layers):
+        stack.append(layer)
+        _number(layer, index)
+    for live, values in zip(_configs(model), resized, strict=True):
+        for name, value in values.items():
+            setattr(live, name, value)
 
 
 def _number(layer: nn.Module, index: int) -> None:

@@ -30,8 +30,10 @@ __all__ = [
     "Points",
     "Site",
     "Soft",
+    "State",
 ]
 
+State = dict[str, Any]
 Layout = dict[str, int | float | bool | str | list[int] | list[str] | None]
 
 
@@ -188,6 +190,14 @@ class Objective:
     def figures(self) -> dict[str, float]:
         """Return what is logged beside the loss, and drawn over the steps: the mean over sites."""
         return {}
+
+    def state(self) -> State:
+        """Return what training has gathered besides parameters and buffers, tensors or JSON values:
+        a checkpoint holds it."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """Take that back; `begin` and `advance` follow as if the training had not stopped."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return optimiser groups (`params`, `lr`, `weight_decay`) for parameters with settings of

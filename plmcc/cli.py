@@ -9,13 +9,13 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from plmcc import cli_bench, cli_compare, cli_diff, cli_plan, cli_vectors
+from plmcc import cli_bench, cli_compare, cli_diff, cli_plan, cli_proof, cli_vectors
 from plmcc.cli_plan import Format, Output, Overrides, RecipePath, print_json
-from plmcc.diagnostics import PlmccError, error
+from plmcc.diagnostics import PlmccError, error, out_of_memory
 
 _INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
@@ -30,6 +30,8 @@ app.add_typer(cli_vectors.app, name="vectors")
 app.command("bench")(cli_bench.bench)
 app.command("diff")(cli_diff.diff)
 app.command("compare")(cli_compare.compare)
+app.command("verify")(cli_proof.verify)
+app.command("reproduce")(cli_proof.reproduce)
 
 
 @app.command()
@@ -101,6 +103,9 @@ def apply(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a result that plmcc wrote there.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what an earlier run has finished.")
+    ] = False,
     overrides: Overrides = None,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Word vectors: leave broken lines out.")
@@ -124,42 +129,10 @@ def apply(
     given = _vectors(model, loaded.task) if skip_broken else model
     for line in cli_plan.short(loaded, model, recipe.parent):
         typer.echo(line)
-    result = apply_recipe(
-        loaded, given, output, overwrite=overwrite, base=recipe.parent, say=typer.echo
-    )
+    chosen: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "base": recipe.parent}
+    result = apply_recipe(loaded, given, output, **chosen, say=typer.echo)
     print_summary(result, Console())
     typer.echo(f"written to {result.folder}; a fresh process reloaded it with the same outputs")
-
-
-@app.command()
-def verify(
-    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="What plmcc has written.")],
-    output: Output = Format.text,
-) -> None:
-    """Prove that an artifact is what was written, and that it computes what it did then."""
-    from plmcc import seal
-
-    if artifact.is_dir():
-        seal.check(artifact)  # at once, before torch is imported
-
-    from dataclasses import asdict
-
-    from plmcc.terminal import calm
-    from plmcc.verify import prove
-
-    calm()
-    proof = prove(artifact)
-    if output is Format.json:
-        print_json({"ok": True, "folder": str(artifact)} | asdict(proof))
-        return
-    typer.echo(f"{artifact}: verified")
-    typer.echo(f"  {proof.files} files as they were written")
-    typer.echo(f"  {proof.tensors} tensors, none missing, left over or random")
-    typer.echo(f"  outputs within {proof.difference:.1e} of their scale")
-    if proof.generates:
-        typer.echo("  the same tokens with cache and without")
-    for name in proof.unknown:
-        typer.echo(f"  note: nothing records {name}")
 
 
 def _vectors(model: str | None, task: str) -> Any:
@@ -253,7 +226,12 @@ def main() -> None:
         # The reader has left (`plmcc schema | head`); the flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as problem:
+    except Exception as problem:
+        if out_of_memory(problem):
+            cure = "a smaller batch, or bfloat16; `plmcc apply --resume` goes on with what is done"
+            _fail(error("PLM504", "there is not enough memory", "plmcc", cure=cure).render())
+        if not isinstance(problem, OSError):
+            raise
         _fail(f"{problem.filename or 'plmcc'}: error PLM501: {problem.strerror or problem}")
     except SystemExit as end:
         if end.code == _INTERRUPTED:
@@ -261,7 +239,7 @@ def main() -> None:
         raise
 
 
-def _fail(text: str) -> None:
+def _fail(text: str) -> NoReturn:
     typer.echo(text, err=True)
     sys.exit(1)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from plmcc import artifact, catalog, question_answering, rewrite
+from plmcc import artifact, catalog, question_answering, rewrite, stages
 from plmcc.api import Pass
 from plmcc.bench import Latency, measure
 from plmcc.data import Rows
@@ -22,15 +22,16 @@ from plmcc.lessons import evaluation_rows, head_shown, lesson_of, with_teacher
 from plmcc.output import free, write
 from plmcc.pictures import Pictured
 from plmcc.probes import probe_inputs
+from plmcc.provenance import model_digest
 from plmcc.recipe import Evaluate, Recipe, Scratch, Stage, Train
 from plmcc.scratch import new_source
+from plmcc.shown import Shown
 from plmcc.size import Inventory, component_bytes
 from plmcc.source import Source, load_source, outside
 from plmcc.train import Lesson, train
 from plmcc.verify import check_cache, outputs, same_with_cache
 
 Say = Callable[[str], None]
-_SHOWN_BATCHES, _SHOWN_ROWS = 30, 16  # what passes are shown of the training data
 _EVALUATED = 256  # tokens of a text that evaluation reads
 _WINDOW = 384  # or of a window of a long context, as in the scripts of BERT
 _HARDEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -52,6 +53,8 @@ class Result:
     pictures: list[Pictured] = field(default_factory=list)
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    digests: list[dict[str, Any]] = field(default_factory=list)
+    """Of each stage its name, its passes, and the digests of the model before and after it."""
     reload_difference: float = 0.0
     """Largest difference of the probe outputs after reloading, relative to their scale."""
     folder: Path | None = None
@@ -89,6 +92,7 @@ def apply(
     output: str | Path | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     base: Path | None = None,
     say: Say = lambda _: None,
 ) -> Result:
@@ -100,6 +104,8 @@ def apply(
             tokenizer; by default the recipe's `model`.
         output: the artifact directory; None writes nothing.
         overwrite: replace an existing directory.
+        resume: use again what an earlier run with this output has finished, as far as nothing that
+            decides on it has changed.
         base: the folder that relative data paths may start at besides the current one.
         say: called with every line for the user.
 
@@ -125,10 +131,13 @@ def apply(
         if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
             source.model.float()
             source.notes += ("its float16 weights are trained, and saved, in float32",)
-    result = run(recipe, source, say, base)
-    if target is not None:
-        say("writing and verifying")
-        write(recipe, source, result, target)
+    if target is None:
+        return run(recipe, source, say, base)
+    kept = stages.prepare(target, resume, overwrite)
+    result = run(recipe, source, say, base, kept=kept)
+    say("writing and verifying")
+    write(recipe, source, result, target)
+    stages.finish(kept, recipe)
     return result
 
 
@@ -139,11 +148,14 @@ def run(
     base: Path | None = None,
     *,
     steps: int | None = None,
+    kept: Path | None = None,
 ) -> Result:
-    """Rewrite, train and harden a loaded model in place, and evaluate it. Writes nothing.
+    """Rewrite, train and harden a loaded model in place, and evaluate it.
 
     `steps` is how many steps objectives are told that a stage has, if that is not how many there
-    are: their schedules then run as in the long training that this is a trial of.
+    are: their schedules then run as in the long training that this is a trial of. In the folder
+    `kept` finished stages are written, and those that are there are used; without it nothing is
+    written.
     """
     set_seed(recipe.seed)
     model = source.model.eval()
@@ -157,7 +169,7 @@ def run(
     prepare(recipe, source, base, result, say)
     taught = [stage for stage in recipe.steps() if stage.train]
     drafts = [(stage, lesson_of(stage, recipe, source, base)) for stage in taught]
-    shown = {stage.name: _shown(lesson) for stage, lesson in drafts}
+    shown = {stage.name: Shown.of(lesson) for stage, lesson in drafts}
     matched = _matched(recipe, model, 0, shown)
     cached = same_with_cache(model, probe_inputs(model))
     if not cached:  # M2M100 and FSMT number a start token that is padding in two ways
@@ -171,11 +183,27 @@ def run(
     }
     if judged and not changed:
         before = _figures(recipe, source, rows, original, say, "the original")
+    work, done = None, 0
+    if kept is not None:
+        work = stages.Stages(kept, stages.keys(recipe, source, lessons))
+        done = work.restore(result)
     for index, stage in enumerate(recipe.steps()):
+        if index < done:
+            say(f"stage {stage.name}: finished in an earlier run")
+            continue
+        set_seed(recipe.seed)  # a stage depends on nothing but what the one before it has left
         matched = matched if index == 0 else _matched(recipe, model, index, shown)
-        _stage(stage, matched, lessons.get(stage.name), result, say, steps)
+        folder = work.training(index) if work is not None else None
+        before_it = model_digest(model) if kept is not None else ""
+        _stage(stage, matched, lessons.get(stage.name), result, say, steps, folder)
+        if kept is not None:
+            names = [catalog.name_of(type(p)) for p in stage.passes]
+            made = {"input": before_it, "output": model_digest(model)}
+            result.digests.append({"name": stage.name, "passes": names, **made})
         if cached:
             check_cache(model, probe_inputs(model))
+        if work is not None:
+            work.write(index, result)
     if recipe.lower is not None and recipe.lower.quantize is not None:
         _quantize(recipe, recipe.lower.quantize, result, say)
     if result.records:  # a model without passes stays one that transformers loads alone
@@ -271,25 +299,15 @@ def _timed(work: Callable[[], Any], name: str, result: Result) -> Any:
 
 
 def _matched(
-    recipe: Recipe, model: PreTrainedModel, stage: int, shown: dict[str, list[dict[str, Any]]]
+    recipe: Recipe, model: PreTrainedModel, stage: int, shown: dict[str, Shown]
 ) -> rewrite.Matched:
     step = recipe.steps()[stage]
     chosen = [(i, p) for i, p in enumerate(step.passes) if not prepares(p)]
     places = [recipe.pass_place(stage, index, "targets") for index, _ in chosen]
     # A stage that only rewrites is shown the data of the next one that trains.
     names = [later.name for later in recipe.steps()[stage:]]
-    batches = next((shown[name] for name in names if shown.get(name)), [])
-    return rewrite.match(model, [p for _, p in chosen], places, batches)
-
-
-def _shown(lesson: Lesson) -> list[dict[str, Any]]:
-    """Return batches of the training rows, for passes that fit to what the model computes."""
-    rows = lesson.train.select(range(min(len(lesson.train), _SHOWN_BATCHES * _SHOWN_ROWS)))
-    starts = range(0, len(rows), _SHOWN_ROWS)
-    if lesson.task == "sentence-similarity":  # labels of pairs are nothing the model knows
-        rows = rows.remove_columns([n for n in ("labels", "other_ids") if n in rows.column_names])
-    picked = [rows.select(range(i, min(i + _SHOWN_ROWS, len(rows)))) for i in starts]
-    return [lesson.collate(list(part)) for part in picked]
+    data = next((shown[name] for name in names if name in shown), Shown())
+    return rewrite.match(model, [p for _, p in chosen], places, data.batches, data.counts)
 
 
 def _stage(
@@ -299,8 +317,9 @@ def _stage(
     result: Result,
     say: Say,
     steps: int | None,
+    folder: Path | None = None,
 ) -> None:
-    """Replace, train, harden."""
+    """Replace, train with checkpoints in the folder, harden."""
     model = result.model
     say(f"stage {stage.name}: rewriting {len(matched.sites)} site(s)")
     for _, site in matched.sites:
@@ -318,7 +337,9 @@ def _stage(
     if settings is not None and lesson is not None:
         say(f"stage {stage.name}: training on {len(lesson.train)} rows")
         log = _timed(
-            lambda: train(model, settings, lesson, done, steps), f"{stage.name}.train", result
+            lambda: train(model, settings, lesson, done, steps, folder),
+            f"{stage.name}.train",
+            result,
         )
         result.training[stage.name] = log
     model.eval()

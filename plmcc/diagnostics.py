@@ -7,6 +7,7 @@ with a recipe is reported at once.
 from __future__ import annotations
 
 import difflib
+import errno
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ CODES: dict[str, str] = {
     "PLM402": "an artifact that does not fit its record",
     "PLM501": "a file or folder that cannot be written or read",
     "PLM502": "a command line argument that is not valid here",
+    "PLM503": "the work of an earlier run that was cut off",
+    "PLM504": "memory that does not suffice",
 }
 """What each code means. Blocks of a hundred: files, recipe, matching, data, artifact, the rest."""
 
@@ -197,3 +200,10 @@ def _columns(text: str) -> int:
 
 def _printable(line: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Say whether an error of any library means that there is not enough memory."""
+    refused = isinstance(problem, OSError) and problem.errno == errno.ENOMEM
+    kind = isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
+    return refused or kind or "can't allocate memory" in str(problem)

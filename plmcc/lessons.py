@@ -65,7 +65,7 @@ def lesson_of(stage: Stage, recipe: Recipe, source: Source, base: Path | None) -
     assert stage.train is not None
     _check_architecture(source, "train")
     data = stage.train.data
-    collate = collator(source.task, source.tokenizer, source.model.config)
+    collate = collator(source.task, source.tokenizer, source.model.config, recipe.seed)
     options = {"pooling": source.pooling, "seed": recipe.seed}
     if data.train == SYNTHETIC:
         vocabulary = int(source.model.config.get_text_config().vocab_size)

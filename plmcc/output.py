@@ -15,6 +15,7 @@ from plmcc.recipe import Recipe
 from plmcc.report import write_documents
 from plmcc.size import check_file
 from plmcc.source import Source
+from plmcc.tensors import writing
 from plmcc.verify import in_fresh_process, record
 
 if TYPE_CHECKING:
@@ -57,19 +58,16 @@ def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
     finished."""
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
     try:
-        draft.chmod(0o755)
-        save(source, result, draft)
-        check_file(draft, result.bytes_after)
-        result.reload_difference = in_fresh_process(draft)
-        if recipe.lower is not None and "aoti" in recipe.lower.to:
-            beams = max((figure.num_beams for figure in recipe.evaluate), default=_BEAMS)
-            export_model(result.model, source.tokenizer, draft / "aoti", num_beams=beams)
-        write_documents(recipe, source, result, draft)
-        _put(draft, target)
-    except OSError as problem:
-        raise error(
-            "PLM501", f"the artifact cannot be written: {problem.strerror or problem}", str(target)
-        ) from None
+        with writing("the artifact", target):
+            draft.chmod(0o755)
+            save(source, result, draft)
+            check_file(draft, result.bytes_after)
+            result.reload_difference = in_fresh_process(draft)
+            if recipe.lower is not None and "aoti" in recipe.lower.to:
+                beams = max((figure.num_beams for figure in recipe.evaluate), default=_BEAMS)
+                export_model(result.model, source.tokenizer, draft / "aoti", num_beams=beams)
+            write_documents(recipe, source, result, draft)
+            _put(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     result.folder = target

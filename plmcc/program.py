@@ -36,12 +36,16 @@ class Program:
     """
 
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]] = ()
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[dict[str, torch.Tensor]] = (),
+        counts: torch.Tensor | None = None,
     ) -> None:
         """`batches` are inputs of the model that passes may fit to; probe inputs if there are
-        none."""
+        none. `counts` (n,) says how often tokens occur in the data that the stage trains on; ids
+        from n on do not."""
         self.model = model
-        self.batches = batches
+        self.batches, self.counts = batches, counts
 
     def tables(self) -> list[Site | Miss]:
         """Return the embedding tables; modules that share one parameter are one site.

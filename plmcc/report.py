@@ -3,51 +3,22 @@ model card."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from plmcc import catalog, seal
-from plmcc.data import data_files
-from plmcc.diagnostics import PlmccError
+from plmcc import seal
 from plmcc.page import page
-from plmcc.recipe import Recipe, Scratch, TrainTokenizer
+from plmcc.provenance import hardware, lock
+from plmcc.recipe import Recipe
 from plmcc.size import file_bytes
-from plmcc.source import Source, folder_digests, is_vectors, write_json
+from plmcc.source import Source, write_json
 from plmcc.tasks import auto_class
 
 if TYPE_CHECKING:
     from plmcc.compiler import Result
-
-_LIBRARIES = (
-    "plmcc",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "accelerate",
-    "safetensors",
-    "scikit-learn",
-)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that decide results."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in _LIBRARIES
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """Return what the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": device,
-            "system": platform.system()}  # fmt: skip
 
 
 def report(recipe: Recipe, source: Source, result: Result) -> dict[str, Any]:
@@ -69,11 +40,6 @@ def report(recipe: Recipe, source: Source, result: Result) -> dict[str, Any]:
     }
 
 
-def _base_files(source: Source) -> dict[str, str]:
-    file = Path(source.name)
-    return folder_digests(file if is_vectors(file) else source.folder)
-
-
 def write_documents(recipe: Recipe, source: Source, result: Result, folder: Path) -> None:
     """Write recipe.yaml, report.json, report.html, plmcc.lock.json and the model card."""
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -83,41 +49,7 @@ def write_documents(recipe: Recipe, source: Source, result: Result, folder: Path
     found = page(report(recipe, source, result), result.pictures)
     (folder / "report.html").write_text(found, encoding="utf-8")
     (folder / "README.md").write_text(model_card(recipe, source, result), encoding="utf-8")
-    seal.write(folder, lock(recipe, source, result.base))
-
-
-def lock(recipe: Recipe, source: Source, base: Path | None = None) -> dict[str, Any]:
-    """Return what would have to be equal to get the same artifact again."""
-    named = [
-        s
-        for stage in recipe.steps()
-        if stage.train
-        for data in (stage.train.data,)
-        for s in (data.train, data.target, data.eval, data.eval_target)
-        if s
-    ]
-    named += [s for stage in recipe.steps() for chosen in stage.passes for s in chosen.reads()]
-    named += [s for asked in recipe.evaluate for s in (asked.data, asked.target) if s]
-    if isinstance(recipe.model, Scratch) and isinstance(recipe.model.tokenizer, TrainTokenizer):
-        named.append(recipe.model.tokenizer.train)
-    files = {str(file): seal.digest(file) for name in named for file in _existing(name, base)}
-    passes = {catalog.name_of(type(p)) for stage in recipe.steps() for p in stage.passes}
-    return {
-        "recipe": recipe.digest(),
-        "seed": recipe.seed,
-        "base_model": {"name": source.name, "files": _base_files(source)},
-        "data": files,
-        "passes": {name: catalog.entry(name).origin for name in sorted(passes)},
-        "versions": versions(),
-        "hardware": hardware(),
-    }
-
-
-def _existing(name: str | list[str], base: Path | None) -> list[Path]:
-    try:
-        return data_files(name, base)
-    except PlmccError:  # a data set of the hub
-        return []
+    seal.write(folder, lock(recipe, source, result))
 
 
 def model_card(recipe: Recipe, source: Source, result: Result) -> str:

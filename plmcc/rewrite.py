@@ -124,6 +124,7 @@ def match(
     passes: Sequence[Pass],
     places: Sequence[Place | str] = (),
     batches: Sequence[dict[str, Tensor]] = (),
+    counts: Tensor | None = None,
 ) -> Matched:
     """Match all passes against the model without changing it.
 
@@ -132,12 +133,13 @@ def match(
         passes: the passes of one stage.
         places: where each pass stands in the recipe, for errors.
         batches: inputs of the model that passes may fit to.
+        counts: how often tokens occur in the data, see `Program`.
 
     Raises:
         PlmccError: a pass matches nothing, refuses all it matches, or wants what another pass has
             taken.
     """
-    program = Program(model, batches)
+    program = Program(model, batches, counts)
     sites: list[tuple[int, Site]] = []
     misses: list[tuple[int, Miss]] = []
     taken: dict[str, str] = {}
@@ -288,8 +290,8 @@ def _keep_ties(part: PreTrainedModel, mapping: dict[str, str]) -> None:
     }
 
 
-def build(record: Record) -> Hard:
-    """Return the module of a record with empty tensors on the current default device.
+def build(record: Record, device: torch.device | str = "meta") -> Hard:
+    """Return the module of a record with tensors that hold nothing yet.
 
     Only classes that the named pass's own module defines can be built; nothing is imported by a
     path in a record.
@@ -309,7 +311,7 @@ def build(record: Record) -> Hard:
             "PLM402", f"the pass `{record.name}` has no module class `{record.kind}`", place
         )
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return kind(**record.layout)
     except (TypeError, ValueError, RuntimeError, OverflowError) as problem:
         raise error("PLM402", f"`{record.kind}` refuses its layout: {problem}", place) from None

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from plmcc.api import State
+
 
 class TokenBatches(Sampler[list[int]]):
     """Batches of rows of like length, with at most so many tokens, padding counted.
@@ -31,9 +33,12 @@ class TokenBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return self._count
 
+    def set_epoch(self, epoch: int) -> None:
+        """Hear which epoch comes next."""
+        self.epoch = epoch
+
     def __iter__(self) -> Iterator[list[int]]:
-        self.epoch += 1
-        yield from self._batches(self.epoch)
+        yield from self._batches(self.epoch + 1)
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """Cut the rows, sorted by length, into batches, and shuffle these.
@@ -67,6 +72,24 @@ def _lengths(rows: Dataset) -> list[int]:
     return [texts * max(map(len, row)) for row in zip(*columns, strict=True)]
 
 
+class ByEpoch(Sampler[int]):
+    """A sampler of transformers whose order depends on nothing but the seed and the epoch."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hear which epoch comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from self.sampler
+
+
 class Average(TrainerCallback):
     """The mean of the weights at `count` points of a training, summed in float32 as they pass.
 
@@ -95,7 +118,16 @@ class Average(TrainerCallback):
         self.taken += 1
         for name, value in _trained(rest["model"]):
             total = self.sums.setdefault(name, torch.zeros_like(value, dtype=torch.float32))
-            total += value.detach().float()
+            total += value.detach().float().to(total.device)
+
+    def state(self) -> State:
+        """Return the sums so far."""
+        return {"taken": self.taken, **self.sums}
+
+    def restore(self, state: State) -> None:
+        """Take sums back."""
+        self.taken = int(state.pop("taken"))
+        self.sums = state
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ _CLASSES = dict.fromkeys(
 ) | dict.fromkeys(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(), token_classification.TASK)
 WINDOWED = (question_answering.TASK, token_classification.TASK)
 """Tasks whose labels are places in a text, and whose texts are read in windows."""
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+"""Makes a batch of encoded rows."""
 LABELS = ("labels", "start_positions", "end_positions")
 """What a batch holds for the task's own loss."""
 
@@ -204,9 +207,12 @@ def _labelled_pairs(rows: Rows, tokenize: _Tokenize) -> Dataset:
 
 
 def collator(
-    task: str, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig | None = None
-) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """Return the function that pads examples into a batch."""
+    task: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PreTrainedConfig | None = None,
+    seed: int = 0,
+) -> Collate:
+    """Return the function that pads examples into a batch; the seed is of what it masks."""
     if task == "translation":
         assert config is not None
         pad = tokenizer.pad_token_id if tokenizer is not None else config.pad_token_id
@@ -218,11 +224,29 @@ def collator(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.padding_side = "right"
         return transformers.DataCollatorForTokenClassification(tokenizer)
-    if task in ("fill-mask", "text-generation"):
-        make = transformers.DataCollatorForLanguageModeling
-        return make(tokenizer, mlm=task == "fill-mask")
+    if task == "fill-mask":
+        return Masking(tokenizer, seed)
+    if task == "text-generation":
+        return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
     pad = transformers.DataCollatorWithPadding(tokenizer)
     return lambda rows: _pad_pairs(rows, pad)
+
+
+class Masking:
+    """Pads, and masks tokens at random. What is masked depends on the seed, the epoch and the rows
+    of the batch alone: batches are fetched ahead, so that the state of a common generator would not
+    say where a training that goes on has been."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self.mask = transformers.DataCollatorForLanguageModeling(tokenizer)
+        self.seed, self.epoch = seed, 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return a batch with labels, -100 where nothing is masked."""
+        text = repr([list(row["input_ids"]) for row in rows])
+        key = f"{self.seed} {self.epoch} {text}".encode()
+        self.mask.generator = torch.Generator().manual_seed(zlib.crc32(key))
+        return self.mask(rows)  # type: ignore[no-any-return]
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -338,6 +338,18 @@ def test_codes_are_frozen_and_the_decoder_learns() -> None:
     assert BinaryEmbedding().objective(done.site, done.soft) is None
 
 
+def test_words_that_the_data_has_often_are_nearer() -> None:
+    counts, errors = torch.zeros(60, dtype=torch.long), []
+    counts[20:30] = 5000
+    for power in (0.0, 1.0):
+        model: Any = tiny("bert")
+        table = model.get_input_embeddings().weight.detach().clone()
+        chosen = BinaryEmbedding(bits=12, epochs=60, frequency_power=power)
+        (done,) = rewrite.replace_all(model, rewrite.match(model, [chosen], counts=counts))
+        errors.append((done.soft(torch.arange(VOCAB)) - table).square().sum(1).detach())
+    assert errors[1][20:30].sum() < 0.9 * errors[0][20:30].sum()
+
+
 def test_the_seed_decides_and_the_random_state_is_left_alone() -> None:
     def made(seed: int) -> Tensor:
         made = BinaryEmbedding(bits=20, epochs=1, seed=seed).replace(site(toy(300)))

@@ -246,7 +246,9 @@ def test_the_figures_are_those_of_the_module() -> None:
 
 
 def quantise(rounds: int = 0, beam: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return residual_quantise(toy(), 6, 8, beam, rounds, seed, lambda *_: None)
+    return residual_quantise(
+        toy(), torch.ones(len(toy())), 6, 8, beam, rounds, seed, lambda *_: None
+    )
 
 
 def error(codes: Tensor, books: Tensor) -> float:
@@ -277,7 +279,7 @@ def test_a_table_that_is_a_sum_of_codewords_is_recovered() -> None:
     random = torch.Generator().manual_seed(3)
     books = torch.randn(2, 4, 16, generator=random) * torch.tensor([10.0, 1.0])[:, None, None]
     table = decode(torch.randint(0, 4, (500, 2), generator=random), books)
-    codes, found = residual_quantise(table, 2, 4, 4, 2, 0, lambda *_: None)
+    codes, found = residual_quantise(table, torch.ones(len(table)), 2, 4, 4, 2, 0, lambda *_: None)
     torch.testing.assert_close(decode(codes, found), table, rtol=0, atol=1e-2)
 
 
@@ -300,10 +302,10 @@ import resource, torch
 from plmcc.passes._residual import residual_quantise
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-residual_quantise(torch.randn(500, 256), 2, 4, 8, 1, 0, lambda *_: None)
+residual_quantise(torch.randn(500, 256), torch.ones(500), 2, 4, 8, 1, 0, lambda *_: None)
 table = torch.randn(50_000, 256)
 before = peak()
-residual_quantise(table, 2, 16, 8, 1, 0, lambda *_: None)
+residual_quantise(table, torch.ones(len(table)), 2, 16, 8, 1, 0, lambda *_: None)
 print(peak() - before)
 """
 
@@ -512,6 +514,22 @@ def test_every_architecture_has_a_table(name: str) -> None:
     untied = {"llama", "t5_gated"}
     assert ("head" in found.roles) == (name not in untied)
     assert model.get_input_embeddings() in found.modules
+
+
+@pytest.mark.parametrize("initialisation", ["residual", "product"])
+def test_words_that_the_data_has_often_are_nearer(initialisation: str) -> None:
+    counts = torch.zeros(60, dtype=torch.long)  # of 99: ids beyond do not occur
+    counts[20:30] = 5000
+    options: dict[str, Any] = {"codebooks": 4, "codewords": 4, "initialisation": initialisation}
+    errors = []
+    for power in (0.0, 1.0):
+        model: Any = tiny("bert")
+        table = model.get_input_embeddings().weight.detach().clone()
+        chosen = CompositionalCodes(**(options | {"frequency_power": power}))
+        (done,) = rewrite.replace_all(model, rewrite.match(model, [chosen], counts=counts))
+        errors.append((done.soft(torch.arange(VOCAB)) - table).square().sum(1).detach())
+    assert errors[1][20:30].sum() < 0.7 * errors[0][20:30].sum()
+    assert errors[1].sum() > errors[0].sum()
 
 
 @pytest.mark.parametrize("initialisation", ["residual", "paper"])

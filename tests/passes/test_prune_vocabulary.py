@@ -262,7 +262,7 @@ def test_alone_it_writes_a_checkpoint_that_needs_no_plmcc(checkpoint: Path, tmp_
     recipe = parse_recipe(RECIPE, real=True)
     result = plmcc.apply(recipe, checkpoint, tmp_path / "out", base=checkpoint)
     lock = json.loads((tmp_path / "out/plmcc.lock.json").read_text())
-    assert any(name.endswith("kept.txt.gz") for name in lock["data"])
+    assert any("kept.txt.gz" in files for files in lock["data"].values())
     assert result.sites[0]["figures"]["tokens"] < result.sites[0]["figures"]["tokens_before"]
     script = (
         "import sys, torch; from transformers import AutoModel, AutoTokenizer\n"

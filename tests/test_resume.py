@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny
+from words import words
+
+from plmcc import compiler
+from plmcc.diagnostics import PlmccError
+from plmcc.recipe import load_recipe
+from plmcc.stages import folder_of
+
+ROOT = Path(__file__).parent
+TRAIN = """
+    train:
+      data: {train: text.txt}
+      arguments: {max_steps: 16, save_strategy: steps, save_steps: 3, learning_rate: 1.0e-3,
+                  per_device_train_batch_size: 16, disable_tqdm: true}
+"""
+KILLED = f"""\
+plmcc: 1
+name: killed
+task: fill-mask
+stages:
+  - name: codes
+    passes: [{{compositional_codes: {{codebooks: 4, codewords: 8, rounds: 1}}}}]{TRAIN.rstrip()}
+      average_last: 3
+      distill: {{teacher: original, logits: 1.0}}
+  - name: prune
+    passes:
+      - movement_pruning: {{granularity: hybrid, density: 0.5, scope: global, warmup: 0.3,
+                           initialisation: sensitivity}}{TRAIN}"""
+STAGES = """\
+plmcc: 1
+name: three
+task: fill-mask
+stages:
+  - {name: one, passes: [{drop_layers: {targets: encoder, keep: 1}}]}
+  - {name: two, passes: [{compositional_codes: {codebooks: 4, codewords: 8, rounds: 0}}]}
+  - {name: three, passes: [{movement_pruning: {method: magnitude, density: 0.5}}]}
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    draw = random.Random(1)
+    lines = (
+        " ".join(f"w{draw.randrange(94)}" for _ in range(draw.randint(3, 12))) for _ in range(120)
+    )
+    (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
+    tiny("bert").save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plmcc.output.in_fresh_process", lambda _: 0.0)
+    monkeypatch.setattr("plmcc.report.page", lambda *_: "")
+
+
+def apply(model: Path, text: str, **options: Any) -> list[str]:
+    """Apply to `out`, and return what was said."""
+    said: list[str] = []
+    file = model.parent / "recipe.yaml"
+    file.write_text(text)
+    out = model.parent / "out"
+    compiler.apply(load_recipe(file, real=True), model, out, base=file.parent, say=said.append,
+                   **options)  # fmt: skip
+    return said
+
+
+def again(said: list[str]) -> list[str]:
+    return [line.split()[1].rstrip(":") for line in said if "in an earlier run" in line]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed runs are forks")
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(model: Path) -> None:
+    file = model.parent / "recipe.yaml"
+    file.write_text(KILLED)
+    command = [sys.executable, str(ROOT / "killed.py"), *map(str, (file, model, model.parent, 20))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    wrong = [one["left"] for one in found["tries"] if one["digest"] != found["calm"]]
+    assert not wrong
+    assert len({one["left"] for one in found["tries"]}) > 3  # they were killed at different places
+
+
+def test_a_changed_stage_and_what_follows_it_are_done_again(model: Path) -> None:
+    assert again(apply(model, STAGES)) == []
+    changed = STAGES.replace("density: 0.5", "density: 0.4")
+    assert again(apply(model, changed, resume=True, overwrite=True)) == ["one", "two"]
+    changed = changed.replace("codewords: 8", "codewords: 4")
+    assert again(apply(model, changed, resume=True, overwrite=True)) == ["one"]
+    assert again(apply(model, STAGES, resume=True, overwrite=True)) == ["one", "two", "three"]
+
+
+def test_other_weights_and_other_data_find_nothing_again(model: Path) -> None:
+    text = STAGES.replace(
+        "rounds: 0}}]",
+        "rounds: 0}}]" + ", train: " + "{data: {train: text.txt}, arguments: {max_steps: 1}}",
+    )
+    apply(model, text)
+    assert again(apply(model, text, resume=True, overwrite=True)) == ["one", "two", "three"]
+    data = model.parent / "text.txt"
+    data.write_text(data.read_text().replace("w1", "w2"))
+    assert (
+        again(apply(model, text, resume=True, overwrite=True)) == []
+    )  # shown to the first one too
+    other = tiny("bert")
+    other.base_model.embeddings.LayerNorm.bias.data += 1  # type: ignore[union-attr, operator]
+    other.save_pretrained(model)
+    assert again(apply(model, text, resume=True, overwrite=True)) == []
+
+
+def test_what_was_cut_off_is_not_thrown_away_unasked(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlmccError):  # the third stage fails
+        apply(model, STAGES.replace("method: magnitude", "method: magnitude, expect: 5000"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(PlmccError, match="add --resume to go on with it, or --overwrite") as caught:
+        apply(model, STAGES)
+    assert caught.value.diagnostics[0].code == "PLM503"
+    assert again(apply(model, STAGES, resume=True)) == ["one", "two"]
+    assert again(apply(model, STAGES, overwrite=True)) == []
+
+
+def test_a_single_stage_leaves_nothing_beside_its_result(model: Path) -> None:
+    apply(
+        model, STAGES.split("stages:")[0] + "passes: [{drop_layers: {targets: encoder, keep: 1}}]\n"
+    )
+    assert not folder_of(model.parent / "out").exists()
+
+
+def test_damaged_work_is_an_error(model: Path) -> None:
+    apply(model, STAGES)
+    (file,) = (f for f in folder_of(model.parent / "out").glob("*/stage.json")
+               if "movement_pruning" in f.read_text())  # fmt: skip
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(PlmccError, match=r"(?s)cannot be read.*leave out --resume"):
+        apply(model, STAGES, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("text", [STAGES, KILLED], ids=["a stage", "a checkpoint"])
+def test_a_full_disk_is_a_sentence_and_loses_nothing(model: Path, text: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(PlmccError, match=r"(?s)cannot be written.*--resume goes on"):
+            apply(model, text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (model.parent / "out").exists()
+    assert not list(model.parent.glob(".out.unfinished-*"))
+    apply(model, STAGES, resume=True)
+
+
+LIMITED = """\
+import resource, sys
+import datasets, torch, transformers, plmcc.compiler, plmcc.report, plmcc.terminal
+from plmcc.cli import main
+torch.set_num_threads(1)
+(pages,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (int(pages) * 1024 + 400_000_000,) * 2)
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_too_little_memory_is_a_sentence(model: Path) -> None:
+    file = model.parent / "recipe.yaml"
+    settings = "{max_steps: 1, per_device_train_batch_size: 20000, disable_tqdm: true}"
+    file.write_text(
+        "plmcc: 1\npasses: [{compositional_codes: {codebooks: 4, codewords: 8, rounds: 0}}]\n"
+        "train:\n  data: {train: synthetic, synthetic: {sequences: 20000, length: 40}}\n"
+        f"  distill: {{logits: 1.0}}\n  arguments: {settings}\n"
+    )
+    command = [sys.executable, "-c", LIMITED, "apply", str(file), str(model), "-o"]
+    command.append(str(model.parent / "out"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert "error PLM504: there is not enough memory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (model.parent / "out").exists()
