@@ -13,7 +13,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from plmcc import cli_bench, cli_compare, cli_diff, cli_plan, cli_proof, cli_vectors
+from plmcc import (
+    cli_bench,
+    cli_compare,
+    cli_diff,
+    cli_plan,
+    cli_proof,
+    cli_search,
+    cli_vectors,
+)
 from plmcc.cli_plan import Format, Output, Overrides, RecipePath, print_json
 from plmcc.diagnostics import PlmccError, error, out_of_memory
 
@@ -32,6 +40,7 @@ app.command("diff")(cli_diff.diff)
 app.command("compare")(cli_compare.compare)
 app.command("verify")(cli_proof.verify)
 app.command("reproduce")(cli_proof.reproduce)
+app.command("search")(cli_search.search)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from plmcc.compiler import run
 from plmcc.data import SYNTHETIC
 from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluate import Evaluator, check_metric
+from plmcc.goal import lower_is_better
 from plmcc.lessons import head_shown, lesson_of, rows_of, with_teacher
 from plmcc.passes._tables import common_layout, table_of
 from plmcc.passes.prune_vocabulary import PruneVocabulary
@@ -166,26 +167,21 @@ def compare(
     return fronted(found, lower_is_better(asked.metric))
 
 
-def lower_is_better(metric: str) -> bool:
-    """Say which way a metric goes."""
-    return metric == "perplexity"
-
-
 def fronted(rows: Sequence[Compared], lower: bool) -> list[Compared]:
     """Mark the rows that no other row beats in size and quality (the Pareto front)."""
-    sign = -1 if lower else 1
+    sign = 1 if lower else -1
+    places = [(row.table_bytes, row.model_bytes, sign * row.figures[0]) for row in rows]
+    return [replace(row, front=best) for row, best in zip(rows, unbeaten(places), strict=True)]
 
-    def place(row: Compared) -> tuple[int, int, float]:
-        return row.table_bytes, row.model_bytes, sign * row.figures[0]
 
-    def beaten(row: Compared) -> bool:
-        table, whole, quality = place(row)
-        return any(
-            t <= table and w <= whole and q >= quality and (t, w, q) != (table, whole, quality)
-            for t, w, q in map(place, rows)
-        )
+def unbeaten(places: Sequence[Sequence[float]]) -> list[bool]:
+    """Say of each place whether no other is as low in everything and lower in something (the Pareto
+    front)."""
 
-    return [replace(row, front=not beaten(row)) for row in rows]
+    def beats(one: Sequence[float], two: Sequence[float]) -> bool:
+        return one != two and all(a <= b for a, b in zip(one, two, strict=True))
+
+    return [not any(beats(other, place) for other in places) for place in places]
 
 
 def original(asked: Comparison, recipe: Recipe) -> Compared:

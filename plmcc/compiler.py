@@ -117,20 +117,7 @@ def apply(
     name = model or recipe.model
     if target is not None and isinstance(name, (str, Path)):
         outside(target, Path(name))
-    if name is None:
-        cure = "add MODEL to the command line, or `model:` to the recipe"
-        raise error("PLM502", "no model is named", f"recipe {recipe.name}", cure=cure)
-    if isinstance(name, PreTrainedModel):
-        source = Source.of(name)
-    elif isinstance(name, Source):
-        source = name
-    elif isinstance(name, Scratch):
-        source = new_source(recipe, base)
-    else:
-        source = load_source(name, recipe.task, head_shown(recipe, base))
-        if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
-            source.model.float()
-            source.notes += ("its float16 weights are trained, and saved, in float32",)
+    source = source_of(recipe, name, base)
     if target is None:
         return run(recipe, source, say, base)
     kept = stages.prepare(target, resume, overwrite)
@@ -141,6 +128,32 @@ def apply(
     return result
 
 
+def source_of(
+    recipe: Recipe,
+    name: str | Path | PreTrainedModel | Source | Scratch | None,
+    base: Path | None = None,
+) -> Source:
+    """Load the model that a recipe is applied to, or make a new one.
+
+    Raises:
+        PlmccError: no model is named, or it cannot be loaded.
+    """
+    if name is None:
+        cure = "add MODEL to the command line, or `model:` to the recipe"
+        raise error("PLM502", "no model is named", f"recipe {recipe.name}", cure=cure)
+    if isinstance(name, PreTrainedModel):
+        return Source.of(name)
+    if isinstance(name, Source):
+        return name
+    if isinstance(name, Scratch):
+        return new_source(recipe, base)
+    source = load_source(name, recipe.task, head_shown(recipe, base))
+    if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
+        source.model.float()
+        source.notes += ("its float16 weights are trained, and saved, in float32",)
+    return source
+
+
 def run(
     recipe: Recipe,
     source: Source,
@@ -149,13 +162,14 @@ def run(
     *,
     steps: int | None = None,
     kept: Path | None = None,
+    brief: bool = False,
 ) -> Result:
     """Rewrite, train and harden a loaded model in place, and evaluate it.
 
     `steps` is how many steps objectives are told that a stage has, if that is not how many there
     are: their schedules then run as in the long training that this is a trial of. In the folder
     `kept` finished stages are written, and those that are there are used; without it nothing is
-    written.
+    written. `brief` leaves out the figures of the original, and how long both take.
     """
     set_seed(recipe.seed)
     model = source.model.eval()
@@ -163,9 +177,10 @@ def run(
     check_lower(recipe, model)
     check_trained(recipe)
     rows = evaluation_rows(recipe, source, base)
-    judged = rows and not source.scratch  # what random weights translate means nothing
+    # What random weights translate means nothing.
+    judged = rows and not source.scratch and not brief
     changed = any(prepares(p) for stage in recipe.steps() for p in stage.passes)
-    before = _figures(recipe, source, rows, None, say, "the original") if judged and changed else []
+    before = figures(recipe, source, rows, None, say, "the original") if judged and changed else []
     prepare(recipe, source, base, result, say)
     taught = [stage for stage in recipe.steps() if stage.train]
     drafts = [(stage, lesson_of(stage, recipe, source, base)) for stage in taught]
@@ -182,7 +197,7 @@ def run(
         if stage.train
     }
     if judged and not changed:
-        before = _figures(recipe, source, rows, original, say, "the original")
+        before = figures(recipe, source, rows, original, say, "the original")
     work, done = None, 0
     if kept is not None:
         work = stages.Stages(kept, stages.keys(recipe, source, lessons))
@@ -211,13 +226,13 @@ def run(
     rewritten = [item.paths[0] for item in result.records]
     result.bytes_before = given.by_component(rewritten)
     result.bytes_after = component_bytes(model, rewritten)
-    after = _figures(recipe, source, rows, original, say, "the result") if rows else []
+    after = figures(recipe, source, rows, original, say, "the result") if rows else []
     known: list[float | None] = [*before] or [None] * len(after)
     result.metrics = [
         {"metric": asked.metric, "data": asked.data, "before": b, "after": a}
         for asked, b, a in zip(recipe.evaluate, known, after, strict=False)
     ]
-    if original is not None and (recipe.lower or recipe.evaluate):
+    if original is not None and (recipe.lower or recipe.evaluate) and not brief:
         say("measuring latency")
         compiled = recipe.lower is not None and "compile" in recipe.lower.to
         result.latency = _timed(
@@ -385,7 +400,7 @@ def _needs_original(recipe: Recipe) -> bool:
     return taught or bool(recipe.evaluate) or recipe.lower is not None
 
 
-def _figures(
+def figures(
     recipe: Recipe,
     source: Source,
     rows: list[Rows],
@@ -393,6 +408,7 @@ def _figures(
     say: Say,
     what: str,
 ) -> list[float]:
+    """Return the figures of a recipe for a model as it is, on the rows of each."""
     say(f"evaluating {what}")
     tokenizer = source.need_tokenizer("evaluation")
     length = source.max_length(_WINDOW if source.task == question_answering.TASK else _EVALUATED)
@@ -411,6 +427,8 @@ def _announce(recipe: Recipe, source: Source, matched: rewrite.Matched, say: Say
     )
     for note in source.notes:
         say(f"  note: {note}")
+    if recipe.search is not None:
+        say("  note: `search` is for `plmcc search`; the values stand as they are in the recipe")
     for stage in recipe.steps():
         trained = f"{stage.train.data.train}" if stage.train else "no training"
         passes = ", ".join(type(p).__name__ for p in stage.passes) or "no passes"

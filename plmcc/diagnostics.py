@@ -62,6 +62,7 @@ CODES: dict[str, str] = {
     "PLM502": "a command line argument that is not valid here",
     "PLM503": "the work of an earlier run that was cut off",
     "PLM504": "memory that does not suffice",
+    "PLM505": "a search without a trial that reaches the target",
 }
 """What each code means. Blocks of a hundred: files, recipe, matching, data, artifact, the rest."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import plmcc
 from plmcc import catalog, seal
-from plmcc.data import data_files
+from plmcc.data import SYNTHETIC, data_files
 from plmcc.diagnostics import PlmccError
 from plmcc.recipe import Recipe, Scratch, TrainTokenizer
 from plmcc.source import Source, folder_digests, is_vectors
@@ -83,11 +83,12 @@ def data_digests(recipe: Recipe, base: Path | None = None) -> dict[str, dict[str
     no such files, and for data sets of the hub."""
     return {
         name: {file.name: seal.digest(file) for file in _existing(name, base)}
-        for name in _named(recipe)
+        for name in named_data(recipe)
     }
 
 
-def _named(recipe: Recipe) -> list[str]:
+def named_data(recipe: Recipe) -> list[str]:
+    """Return what a recipe names as data: files, globs, data sets of the hub."""
     named: list[str | list[str]] = [
         s
         for stage in recipe.steps()
@@ -101,7 +102,7 @@ def _named(recipe: Recipe) -> list[str]:
     if isinstance(recipe.model, Scratch) and isinstance(recipe.model.tokenizer, TrainTokenizer):
         named.append(recipe.model.tokenizer.train)
     flat = [one for name in named for one in ([name] if isinstance(name, str) else name)]
-    return [name for name in dict.fromkeys(flat) if name != "synthetic"]
+    return [name for name in dict.fromkeys(flat) if name != SYNTHETIC]
 
 
 def _existing(name: str, base: Path | None) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from plmcc.recipe_parts import (
     Train,
     TrainTokenizer,
 )
-from plmcc.recipe_set import override
+from plmcc.recipe_search import Range, check_search, without_search
+from plmcc.recipe_set import override, put
 from plmcc.recipe_text import Document, Steps, compose, read_text
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Distill",
     "Evaluate",
     "Lower",
+    "Range",
     "Recipe",
     "Scratch",
     "Sequences",
@@ -44,6 +46,7 @@ __all__ = [
     "TrainTokenizer",
     "load_recipe",
     "parse_recipe",
+    "varied",
 ]
 
 
@@ -68,6 +71,28 @@ def parse_recipe(
     """Return the recipe in a text; `file` names it in errors. Otherwise as `load_recipe`."""
     document = compose(text, file)
     override(document, overrides)
+    recipe = _built(document, file, real)
+    if recipe.search:
+        check_search(recipe.search, document, lambda changed: _built(changed, file, False))
+    return recipe
+
+
+def varied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with other values at dotted paths, without its `search`; its passes are of
+    their real classes.
+
+    Raises:
+        PlmccError: the values do not go together.
+    """
+    document = recipe._document or compose(recipe.to_yaml(), recipe.name)
+    document = without_search(document)
+    for path, value in values.items():
+        put(document, path, value, f"{path}={json.dumps(value)}")
+    return _built(document, recipe.name, True)
+
+
+def _built(document: Document, file: str, real: bool) -> Recipe:
+    """The recipe in a document; `file` names it where it has no name."""
     _check_version(document)
     problems: list[Diagnostic] = []
     data = {"name": _default_name(file)} | document.data

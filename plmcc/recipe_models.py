@@ -28,6 +28,7 @@ from plmcc.recipe_parts import (
     Train,
     invalid,
 )
+from plmcc.recipe_search import Search
 from plmcc.recipe_text import Document, Steps
 from plmcc.recipe_yaml import Dumper
 
@@ -85,6 +86,9 @@ class Recipe(Node):
     """The figures of the report, of the original and of the compressed model."""
     lower: Lower | None = None
     """What the finished model is compiled to."""
+    search: Search | None = None
+    """What `plmcc search` varies, by dotted path (`passes.0.compositional_codes.codebooks`): a list
+    of choices, or a range `{low, high}`. Other commands take the recipe as it is."""
 
     _document: Document | None = PrivateAttr(default=None)
 

@@ -1,4 +1,4 @@
-"""`--set path=value`: change one value of a recipe before it is checked."""
+"""Change a value of a recipe before it is checked: `--set path=value`, and what a search varies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from plmcc.diagnostics import Diagnostic, PlmccError, did_you_mean, error, listing
+from plmcc.diagnostics import Diagnostic, Place, PlmccError, did_you_mean, error, listing
 from plmcc.recipe_text import Document, Steps, compose
 
 
@@ -32,9 +32,25 @@ def override(document: Document, arguments: Sequence[str]) -> None:
 def _set(document: Document, argument: str) -> None:
     place = f"--set {argument}"
     dotted, equals, text = argument.partition("=")
-    if not equals or not all(dotted.split(".")):
-        example = "passes.0.compositional_codes.codebooks=16"
-        raise error("PLM130", "this is not `path=value`", place, allowed=example)
+    if not equals:
+        raise _no_path(place)
+    put(document, dotted, _parsed(text, place), place)
+
+
+def _no_path(place: Place | str) -> PlmccError:
+    example = "passes.0.compositional_codes.codebooks=16"
+    return error("PLM130", "this is not `path=value`", place, allowed=example)
+
+
+def put(document: Document, dotted: str, value: Any, place: Place | str) -> Steps:
+    """Set the value at a dotted path of a document in place, and return the path; errors in the
+    value will point at `place`.
+
+    Raises:
+        PlmccError: the path leads nowhere.
+    """
+    if not all(dotted.split(".")):
+        raise _no_path(place)
     path: Steps = ()
     holder: Any = {"": document.data}  # so that the root can be normalised like any other value
     last: str | int = ""
@@ -46,8 +62,9 @@ def _set(document: Document, argument: str) -> None:
         if isinstance(holder, dict) and last not in holder:
             holder[last] = None
             document.values[path] = document.keys[path] = place
-    holder[last] = _parsed(text, place)
+    holder[last] = value
     _move_marks(document, path, place)
+    return path
 
 
 def _open(value: Any, part: str) -> Any:
@@ -57,9 +74,11 @@ def _open(value: Any, part: str) -> Any:
     return {value: {}} if value == part else value
 
 
-def _step(holder: Any, part: str, path: Steps, place: str) -> str | int:
+def _step(holder: Any, part: str, path: Steps, place: Place | str) -> str | int:
     """The key or index that `part` means in `holder`, which need not be there yet."""
     where = f"`{'.'.join(map(str, path))}`" if path else "the recipe"
+    if isinstance(holder, str) and path[-2:-1] == ("passes",):
+        holder = {holder: None}  # a pass without options
     if isinstance(holder, list):
         return _index(holder, part, where, place)
     if not isinstance(holder, dict):
@@ -75,7 +94,7 @@ def _step(holder: Any, part: str, path: Steps, place: str) -> str | int:
     return part
 
 
-def _index(holder: list[Any], part: str, where: str, place: str) -> int:
+def _index(holder: list[Any], part: str, where: str, place: Place | str) -> int:
     if part.isascii() and part.isdigit() and int(part[:9]) < len(holder):
         return int(part)
     allowed = f"0 to {len(holder) - 1}" if holder else "nothing: the list is empty"
@@ -92,7 +111,7 @@ def _parsed(text: str, place: str) -> Any:
         raise PlmccError(*(replace(d, place=place) for d in problem.diagnostics)) from None
 
 
-def _move_marks(document: Document, path: Steps, place: str) -> None:
+def _move_marks(document: Document, path: Steps, place: Place | str) -> None:
     for marks in (document.values, document.keys):
         for old in [known for known in marks if known[: len(path)] == path]:
             del marks[old]

@@ -45,6 +45,9 @@ train:
 evaluate:
   - {metric: spearman, data: dev.csv, text: [s1, s2], label: score, limit: 10}
 lower: {to: [compile], dynamic: false}
+search:
+  passes.0.compositional_codes.codebooks: [4, 8]
+  train.arguments.learning_rate: {low: 1.0e-5, high: 1.0e-3, log: true}
 """
 STAGES = """\
 plmcc: 1
@@ -83,6 +86,12 @@ def body(text: str, code: str, cure: str = "", count: int = 1) -> Mistake:
 
 def option(text: str, code: str, cure: str = "") -> Mistake:
     return Mistake(f"plmcc: 1\npasses:\n  - compositional_codes:\n      {text}\n", code, cure)
+
+
+def search(text: str, code: str, cure: str = "") -> Mistake:
+    return body(
+        f"train: {{data: {{train: a.txt}}, distill: {{logits: 1}}}}\nsearch: {text}\n", code, cure
+    )
 
 
 def train(text: str, code: str, cure: str = "") -> Mistake:
@@ -213,6 +222,28 @@ MISTAKES = [
     body("lower: {to: [compile, §onnx]}\n", "PLM105", "'compile'"),
     body("lower: §{to: []}\n", "PLM108", "add `to: [compile]` or `quantize`"),
     body("lower: {to: [compile], dynamic: §off}\n", "PLM103", "write false"),
+    # what a search varies
+    search(
+        "{§passes.0.compositional_codes.codeboks: [1, 2]}", "PLM101", "did you mean `codebooks`?"
+    ),
+    search("{passes.0.compositional_codes.beam: [1, §x]}", "PLM103", "a whole number"),
+    search("{passes.0.compositional_codes.beam: {low: §0, high: 3}}", "PLM104", "at least 1"),
+    search("{passes.0.compositional_codes.beam: {low: 1, high: §3.5}}", "PLM103", "a whole number"),
+    search("{passes.0.compositional_codes.beam: {low: 1, high: 3, step: §.5}}", "PLM103", "whole"),
+    search("{§passes.1.compositional_codes.beam: [1, 2]}", "PLM131", "0 to 0"),
+    search("{§passes.0.compositional_code.beam: [1, 2]}", "PLM131", "`compositional_codes`"),
+    search("{§trian.arguments.max_steps: [1, 2]}", "PLM131", "did you mean `train`?"),
+    search("{§train.arguments.maxsteps: [1, 2]}", "PLM120", "did you mean `max_steps`?"),
+    search("{§passes..beam: [1, 2]}", "PLM130"),
+    search("{seed: [1, 2, §1]}", "PLM107", "keep one"),
+    search("{seed: §[1]}", "PLM104", "at least 2"),
+    search("{seed: §1}", "PLM103", "a list or a mapping"),
+    search("§{}", "PLM104", "at least 1"),
+    search("{seed: {low: §3, high: 2}}", "PLM107", "exchange"),
+    search("{seed: {low: §0, high: 2, log: true}}", "PLM107", "remove `log`"),
+    search("{seed: {low: 1, high: 4, log: true, step: §2}}", "PLM108", "keep one"),
+    search("{seed: {low: 1, high: 4, step: §4}}", "PLM107", "lower it"),
+    search("{§seed: {low: 1}}", "PLM102", "add `high"),
     # stages
     body("stages: §[{name: a, passes: [compositional_codes]}]\n", "PLM108", "into a stage"),
     Mistake("plmcc: 1\nstages: §[]\n", "PLM108", "add `stages:`"),
