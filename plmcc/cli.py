@@ -15,6 +15,7 @@ import typer
 
 from plmcc import (
     cli_bench,
+    cli_check_pass,
     cli_compare,
     cli_diff,
     cli_plan,
@@ -41,6 +42,7 @@ app.command("compare")(cli_compare.compare)
 app.command("verify")(cli_proof.verify)
 app.command("reproduce")(cli_proof.reproduce)
 app.command("search")(cli_search.search)
+app.command("check-pass")(cli_check_pass.check_pass)
 
 
 @app.command()

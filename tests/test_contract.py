@@ -10,7 +10,6 @@ import ast
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,15 +21,13 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from pydantic import ValidationError
 from tiny import NAMES, inputs, prompt, tiny
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
 
-from plmcc import artifact, catalog, contract, rewrite
+from plmcc import catalog, contract, pass_contract, rewrite
 from plmcc.api import Pass, Site
 from plmcc.diagnostics import PlmccError
-from plmcc.recipe import Recipe, parse_recipe
 
 # What prepares model and tokenizer before anything is matched rewrites no module.
 PASSES = [name for name in catalog.names() if catalog.load(name).prepare is Pass.prepare]
@@ -67,6 +64,9 @@ class Case:
         given = self.inputs()
         source = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
         return given | {"labels": given[source]}
+
+    def kit(self) -> pass_contract.Case:
+        return pass_contract.Case(small(self.name), self.original, self.inputs(), self.labelled())
 
     def _placed(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -141,10 +141,6 @@ def refusal(name: str, model: str) -> str:
     return ""
 
 
-def matched(case: Case, model: PreTrainedModel) -> rewrite.Matched:
-    return rewrite.match(model, [small(case.name)])
-
-
 def fitting(name: str, device: str = "cpu") -> Case:
     """An architecture that the pass fits, a generating one if there is any."""
     order = sorted(NAMES, key=lambda model: model not in ("gpt2", "mbart", "llama"))
@@ -156,15 +152,9 @@ def skip_unless_it_fits(case: Case) -> None:
         pytest.skip(reason)
 
 
-def softened(case: Case) -> tuple[PreTrainedModel, list[rewrite.Replacement]]:
-    skip_unless_it_fits(case)
-    model = case.original()
-    return model, rewrite.replace_all(model, matched(case, model))
-
-
 def hardened(case: Case) -> tuple[PreTrainedModel, tuple[Site, ...]]:
-    model, done = softened(case)
-    artifact.adopt(model, rewrite.harden_all(model, done))
+    skip_unless_it_fits(case)
+    model, done, _ = case.kit().hardened()
     return model, tuple(replacement.site for replacement in done)
 
 
@@ -188,10 +178,6 @@ def written(request: pytest.FixtureRequest, keep: Callable[[Case], Written]) -> 
     return keep(request.param)
 
 
-def output(case: Case, model: PreTrainedModel) -> Tensor:
-    return contract.output(model, case.inputs())
-
-
 def reloaded(written: Written, kind: Any = None) -> PreTrainedModel:
     return contract.reloaded(written.subject(), kind)
 
@@ -210,62 +196,17 @@ def test_a_shipped_pass_has_tests_of_its_own(name: str) -> None:
     assert file_of(name).exists()
 
 
+@pytest.mark.parametrize("check", pass_contract.ALONE)
 @pytest.mark.parametrize("name", PASSES)
-def test_options_survive_json_and_recipes(name: str) -> None:
+def test_the_contract_of_a_pass(name: str, check: str) -> None:
     for chosen in (catalog.load(name)(), small(name)):
-        assert type(chosen).model_validate_json(chosen.model_dump_json()) == chosen
-        recipe = Recipe(passes=[chosen])
-        again = parse_recipe(recipe.to_yaml(), real=True)
-        assert (again.passes[0], again.digest()) == (chosen, recipe.digest())
-        assert type(again.passes[0]) is type(chosen)
-
-
-@pytest.mark.parametrize("name", PASSES)
-def test_unknown_options_and_changes_are_refused(name: str) -> None:
-    with pytest.raises(ValidationError, match="no_such_option"):
-        catalog.load(name)(no_such_option=1)  # type: ignore[call-arg]
-    with pytest.raises(ValidationError, match="frozen"):
-        small(name).targets = "linears"  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("name", PASSES)
-def test_a_pass_describes_itself(name: str) -> None:
-    kind = catalog.load(name)
-    assert kind.__doc__
-    assert kind.paper
-    assert kind.preserves in ("exact", "within", "lossy")
-    assert (kind.tolerance > 0) == (kind.preserves == "within")
-    assert all(is_sentence(hazard) for hazard in kind.hazards)
-    for option, about in kind.model_fields.items():
-        assert about.description, f"{option} is not described"
-
-
-def is_sentence(text: str) -> bool:
-    """Several words, and nothing that only a programmer reads."""
-    return len(text.split()) >= 4 and not re.search(r" at 0x|Traceback|Error\(|<class", text)
+        pass_contract.ALONE[check](chosen)
 
 
 @pytest.mark.parametrize("model", NAMES)
 @pytest.mark.parametrize("name", PASSES)
 def test_refusals_are_sentences_with_a_place(name: str, model: str) -> None:
-    whole = tiny(model)
-    try:
-        found = rewrite.match(whole, [small(name)])
-    except PlmccError as problem:
-        for diagnostic in problem.diagnostics:
-            assert diagnostic.code in ("PLM201", "PLM203")
-            assert is_sentence(diagnostic.message)
-            assert is_sentence(diagnostic.given or diagnostic.cure)
-        return
-    assert found.sites
-    for _, miss in found.misses:
-        assert is_sentence(miss.reason), miss
-        whole.get_submodule(miss.path)
-    for _, site in found.sites:
-        assert len(site.paths) == len(site.roles) == len(site.modules)
-        assert all(whole.get_submodule(path) is module for path, module in zip(
-            site.paths, site.modules, strict=True
-        ))  # fmt: skip
+    pass_contract.sites_are_places(Case(name, model).kit())
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -273,87 +214,30 @@ def test_a_pass_fits_some_architecture(name: str) -> None:
     assert any(not refusal(name, model) for model in NAMES)
 
 
+ON_ONE = ("wrong_uses_are_errors", "layouts_are_json")
+IN_FLOAT32 = ("sites_have_all_tied_paths", "hardening_keeps_the_function")
+
+
+@pytest.mark.parametrize("check", ON_ONE)
 @pytest.mark.parametrize("name", PASSES)
-def test_targets_that_name_nothing_are_an_error(name: str) -> None:
-    chosen = small(name).model_copy(update={"targets": "no.such.module"})
-    with pytest.raises(PlmccError) as caught:
-        rewrite.match(tiny("bert"), [chosen])
-    assert caught.value.diagnostics[0].code == "PLM201"
+def test_the_contract_of_a_pass_on_a_model_that_it_fits(name: str, check: str) -> None:
+    pass_contract.CHECKS[check](fitting(name).kit())
 
 
-@pytest.mark.parametrize("name", PASSES)
-def test_another_count_than_expected_is_an_error(name: str) -> None:
-    chosen = small(name).model_copy(update={"expect": 77})
-    with pytest.raises(PlmccError, match="expected 77"):
-        rewrite.match(fitting(name).original(), [chosen])
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.device == "cpu"], ids=str)
-def test_matching_changes_nothing(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("case", "check"),
+    [
+        (case, check)
+        for case in CASES
+        for check in pass_contract.CHECKS
+        if check not in (*ON_ONE, "sites_are_places")
+        and (case.dtype == torch.float32 or check not in IN_FLOAT32)
+    ],
+    ids=str,
+)
+def test_the_contract_of_a_pass_on_every_model(case: Case, check: str) -> None:
     skip_unless_it_fits(case)
-    model, untouched = case.original(), case.original()
-    names = [(path, type(module)) for path, module in model.named_modules()]
-    matched(case, model)
-    assert names == [(path, type(module)) for path, module in model.named_modules()]
-    assert_same_state(model, untouched)
-
-
-@pytest.mark.parametrize("name", PASSES)
-def test_the_same_pass_twice_is_an_error(name: str) -> None:
-    case = fitting(name)
-    with pytest.raises(PlmccError) as caught:
-        rewrite.match(case.original(), [small(name), small(name)])
-    assert caught.value.diagnostics[0].code == "PLM204"
-
-
-# --- the trainable form
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.dtype == torch.float32], ids=str)
-def test_hardening_keeps_the_function(case: Case) -> None:
-    model, done = softened(case)
-    soft = output(case, model)
-    rewrite.harden_all(model, done)
-    hard = output(case, model)
-    assert torch.isfinite(hard).all()
-    bound = max(1e-4, small(case.name).tolerance) * float(soft.abs().max())
-    assert float((soft - hard).abs().max()) <= bound
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_a_pass_preserves(case: Case) -> None:
-    chosen = small(case.name)
-    original, (model, _) = case.original(), hardened(case)
-    before, after = output(case, original), output(case, model)
-    assert before.shape == after.shape
-    assert before.dtype == after.dtype
-    if chosen.preserves != "lossy":
-        rounding = 1e-5 if case.dtype == torch.float32 else 2e-2
-        bound = max(rounding, chosen.tolerance) * float(before.abs().max())
-        assert float((before - after).abs().max()) <= bound
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_trainable_form_learns(case: Case) -> None:
-    model, done = softened(case)
-    model.train()(**case.labelled()).loss.backward()
-    for replacement in done:
-        path = replacement.site.path
-        learned = []
-        for name, parameter in model.get_submodule(path).named_parameters():
-            assert parameter.grad is not None, f"{path}.{name}"
-            assert torch.isfinite(parameter.grad).all(), f"{path}.{name}"
-            learned.append(bool(parameter.grad.any()))
-        assert any(learned) or not learned, path
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_fitting_is_the_same_every_time(case: Case) -> None:
-    torch.manual_seed(1)
-    one, _ = hardened(case)
-    torch.manual_seed(2)
-    two, _ = hardened(case)
-    assert_same_state(one, two)
+    pass_contract.CHECKS[check](case.kit())
 
 
 # --- the compressed model and its artifact

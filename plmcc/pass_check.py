@@ -1,0 +1,158 @@
+"""`plmcc check-pass`: every check of the contract, for one pass on tiny models of many
+architectures."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from plmcc import contract, pass_contract
+from plmcc.api import Pass
+from plmcc.compiler import prepares
+from plmcc.diagnostics import Diagnostic, PlmccError, error
+from plmcc.recipe import parse_recipe
+from plmcc.tiny import inputs, prompt, tiny
+from plmcc.trial import Verdict
+
+_ALONE = "-"
+_ONCE = ("fresh_processes_agree", "modules_compile")
+"""Checks that take long: made on the first architecture that the pass fits."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A check on an architecture (`-` where it needs none), and why it is no pass."""
+
+    architecture: str
+    check: str
+    about: str
+    verdict: Verdict
+    reason: str = ""
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def with_options(name: str, options: Sequence[str]) -> Pass:
+    """Return a pass with options given as `name=value`.
+
+    Raises:
+        PlmccError: an option that does not exist or does not fit, or a pass that rewrites nothing.
+    """
+    head = f"passes.0.{name}."
+    given, text = [head + option for option in options], f"plmcc: 1\npasses: [{name}]\n"
+    try:
+        chosen = parse_recipe(text, name, given, real=True).passes[0]
+    except PlmccError as problem:
+        raise PlmccError(
+            *(_as_option(d, f"--set {head}", name) for d in problem.diagnostics)
+        ) from None
+    if prepares(chosen):
+        message = "it changes model and tokenizer before anything is matched"
+        cure = "`plmcc test` tries it with a recipe"
+        raise error("PLM502", message, name, given="`prepare`", allowed="`match`", cure=cure)
+    return chosen
+
+
+def _as_option(found: Diagnostic, head: str, name: str) -> Diagnostic:
+    """An error of the recipe that nobody wrote, as one of the command line."""
+    place = str(found.place)
+    if found.code == "PLM130":
+        return replace(found, message="this is not `name=value`", allowed="", place="--option")
+    return replace(found, place=place.replace(head, "--option ") if head in place else name)
+
+
+def check_pass(chosen: Pass, architectures: Sequence[str]) -> Iterator[Line]:
+    """Yield how each check of the contract ends, as it ends.
+
+    An exception in the pass is a failed check. Where the pass does not fit an architecture there is
+    a single line with the reason; where it fits none, a failed one at the end.
+    """
+    for check in pass_contract.ALONE.values():
+        yield _line(_ALONE, check, chosen)
+    fits = False
+    for architecture in architectures:
+        case = _case(chosen, architecture)
+        reason = _refusal(case)
+        if reason:
+            yield _line(architecture, pass_contract.sites_are_places, case, reason)
+        else:
+            yield from _on(case, architecture, first=not fits)
+            fits = True
+    if not fits:
+        reason = "it fits none of the architectures: name options that do, by --option"
+        yield Line(_ALONE, "it_fits", "It fits some architecture.", "fail", reason)
+
+
+def _case(chosen: Pass, architecture: str) -> pass_contract.Case:
+    given = inputs(architecture)
+    source = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    labelled = given | {"labels": given[source]}
+    return pass_contract.Case(chosen, lambda: tiny(architecture), given, labelled)
+
+
+def _refusal(case: pass_contract.Case) -> str:
+    """Why a pass does not fit an architecture; empty where it does, or fails in another way."""
+    try:
+        case.matched(case.original())
+    except PlmccError as problem:
+        said = problem.diagnostics[0]
+        return f"it does not fit: {said.given or said.message}"
+    except Exception:  # a pass is foreign code; the checks will say what is wrong
+        return ""
+    return ""
+
+
+def _on(case: pass_contract.Case, architecture: str, first: bool) -> Iterator[Line]:
+    for check in pass_contract.CHECKS.values():
+        line = _line(architecture, check, case)
+        yield line
+        if check is pass_contract.sites_are_places and line.verdict == "fail":
+            return
+    with tempfile.TemporaryDirectory(prefix="plmcc-check-") as folder:
+        made: list[contract.Subject] = []
+
+        def it_is_saved(case: pass_contract.Case) -> None:
+            """It is hardened, and `save_pretrained` writes it."""
+            model, _, records = case.hardened()
+            model.save_pretrained(folder)
+            given = Path(folder), case.inputs, prompt(architecture)
+            made.append(contract.Subject(model, case.original(), tuple(records), *given))
+
+        yield _line(architecture, it_is_saved, case)
+        checks = contract.CHECKS | {"modules_compile": contract.modules_compile}
+        for name, done in checks.items() if made else ():
+            if first or name not in _ONCE:
+                yield _line(architecture, done, made[0])
+
+
+def _line(architecture: str, check: Callable[[Any], None], given: Any, skip: str = "") -> Line:
+    about, start = (check.__doc__ or check.__name__).strip(), time.perf_counter()
+    verdict: Verdict = "pass"
+    reason = ""
+    try:
+        check(given)
+    except contract.NotApplicable as problem:
+        verdict, reason = "skip", str(problem)
+    except (contract.Broken, PlmccError) as problem:
+        verdict, reason = "fail", " ".join(str(problem).split())
+    except Exception as problem:  # a pass is foreign code, and failing is what is looked for
+        verdict, reason = "fail", raised(problem)
+    else:
+        verdict, reason = ("skip", skip) if skip else (verdict, reason)
+    seconds = round(time.perf_counter() - start, 3)
+    return Line(architecture, check.__name__, about, verdict, reason, seconds)
+
+
+def raised(problem: Exception) -> str:
+    """Return an exception of foreign code in a line, with the place where it was raised."""
+    words = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    at = traceback.extract_tb(problem.__traceback__)[-1]
+    return f"{words} ({Path(at.filename).name}, line {at.lineno})"
