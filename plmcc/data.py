@@ -66,6 +66,22 @@ class Rows:
         """Return the texts of one of the text columns."""
         return list(self.table[self.text[column]])
 
+    def numbers(self) -> list[float]:
+        """Return the labels as numbers.
+
+        Raises:
+            PlmccError: there is no label column, or a label is no number.
+        """
+        found = []
+        for row, value in enumerate(self.labels()):
+            try:
+                found.append(float(value))
+            except (TypeError, ValueError):
+                place = f"{self.source}: {self.label}"
+                raise error("PLM302", f"the label of row {row + 1} is no number", place,
+                            given=repr(value)) from None  # fmt: skip
+        return found
+
     def labels(self) -> list[Any]:
         """Return the labels.
 

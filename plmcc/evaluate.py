@@ -180,7 +180,7 @@ class Evaluator:
                 cure="name them with `text:`",
             )
         first, second = (self.embed(rows.texts(column)) for column in (0, 1))
-        labels = [float(value) for value in rows.labels()]
+        labels = rows.numbers()
         return float(measure((first * second).sum(-1).numpy(), labels)[0])
 
     def _classification(

@@ -191,14 +191,7 @@ class _Tokenize:
 
 
 def _labelled_pairs(rows: Rows, tokenize: _Tokenize) -> Dataset:
-    try:
-        scores = [float(value) for value in rows.labels()]
-    except (TypeError, ValueError) as problem:
-        raise error(
-            "PLM302",
-            f"a similarity label is not a number: {problem}",
-            f"{rows.source}: {rows.label}",
-        ) from None
+    scores = rows.numbers()
     low, high = min(scores), max(scores)
     inputs = tokenize(rows.texts(0))
     inputs["other_ids"] = tokenize(rows.texts(1))["input_ids"]

@@ -90,6 +90,14 @@ def test_a_metric_that_does_not_fit_says_so(
         evaluator.compute(metric, load_rows(str(tmp_path / "rows.csv")))
 
 
+def test_a_label_that_is_no_number_is_said_with_its_row(
+    evaluator: Evaluator, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_text("label,text_a,text_b\n1,w1,w2\nalike,w3,w4\n")
+    with pytest.raises(PlmccError, match=r"PLM302: the label of row 2 is no number(.|\n)*'alike'"):
+        evaluator.compute("spearman", load_rows(str(tmp_path / "rows.csv")))
+
+
 def test_latency_of_a_model_against_itself_is_one() -> None:
     model = tiny("bert")
     rows = measure(model, copy.deepcopy(model), batches=(1, 4), length=8, seconds=1.0)
