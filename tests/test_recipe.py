@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
+from mistakes import HEAD, MISTAKES, Mistake
 from pydantic import ValidationError
 
 from plmcc import catalog
@@ -21,7 +21,6 @@ from plmcc.recipe import Data, Distill, Recipe, Stage, Train, load_recipe, parse
 from plmcc.recipe_errors import value_at
 from plmcc.recipe_schema import recipe_schema
 
-HEAD = "plmcc: 1\npasses: [compositional_codes]\n"
 FULL = """\
 # a comment
 plmcc: 1
@@ -63,201 +62,6 @@ def problems(text: str, *overrides: str) -> list[Diagnostic]:
     with pytest.raises(PlmccError) as caught:
         parse_recipe(text, "r.yaml", overrides)
     return list(caught.value.diagnostics)
-
-
-@dataclass
-class Mistake:
-    """A recipe with `§` before the faulty token; `cure` is part of what is allowed or advised."""
-
-    text: str
-    code: str
-    cure: str = ""
-    count: int = 1
-
-    @property
-    def place(self) -> str:
-        lines = self.text.partition("§")[0].split("\n")
-        return f"r.yaml:{len(lines)}:{len(lines[-1]) + 1}"
-
-
-def body(text: str, code: str, cure: str = "", count: int = 1) -> Mistake:
-    return Mistake(HEAD + text, code, cure, count)
-
-
-def option(text: str, code: str, cure: str = "") -> Mistake:
-    return Mistake(f"plmcc: 1\npasses:\n  - compositional_codes:\n      {text}\n", code, cure)
-
-
-def search(text: str, code: str, cure: str = "") -> Mistake:
-    return body(
-        f"train: {{data: {{train: a.txt}}, distill: {{logits: 1}}}}\nsearch: {text}\n", code, cure
-    )
-
-
-def train(text: str, code: str, cure: str = "") -> Mistake:
-    return body(f"train:\n  data: {{train: a.txt}}\n  {text}\n", code, cure)
-
-
-MISTAKES = [
-    # the version
-    Mistake("§name: x\n", "PLM102", "add the line `plmcc: 1`"),
-    Mistake("plmcc: §2\nanything: 1\n", "PLM106", "write `plmcc: 1`"),
-    Mistake("plmcc: §'1'\n", "PLM106", "1"),
-    Mistake("plmcc: §1.0\n", "PLM106", "1"),
-    Mistake("plmcc: §true\n", "PLM106", "1"),
-    # YAML
-    Mistake("§just text\n", "PLM103", "begin with `plmcc: 1`"),
-    Mistake("§- a list\n", "PLM103", "begin with `plmcc: 1`"),
-    Mistake("plmcc: 1\nname: a§: b\n", "PLM010", "quote a text"),
-    Mistake("plmcc: 1\npasses: [a, b\n§", "PLM010", "bracket `[` is not closed"),
-    Mistake("plmcc: 1\nlower: {to: [compile]\n§", "PLM010", "brace `{` is not closed"),
-    Mistake('plmcc: 1\nname: "abc\n§', "PLM010", "a quote is not closed"),
-    Mistake("plmcc: 1\nname: §@x\n", "PLM010", "quote a text"),
-    Mistake("plmcc: 1\nname: §*codes\n", "PLM010", "quote a text"),
-    Mistake('plmcc: 1\nname: "\\U§ffffffff"\n', "PLM010"),
-    Mistake("plmcc: 1\ntrain:\n§\tdata: x\n", "PLM011", "indent with spaces"),
-    Mistake("plmcc: 1\nname: a§\x07b\n", "PLM012", "remove it"),
-    Mistake('plmcc: 1\nname: §"a\\0b"\n', "PLM012"),
-    Mistake('plmcc: 1\nname: §"\\ud800"\n', "PLM012"),
-    body("name: a\n§name: b\n", "PLM013", "keep one"),
-    option("{codebooks: 8, §codebooks: 9}", "PLM013", "keep one"),
-    Mistake(HEAD + "§---\nplmcc: 1\n", "PLM014", "remove the second"),
-    Mistake("plmcc: 1\nname: §!!python/object:os.system x\n", "PLM015"),
-    Mistake("plmcc: 1\nname: §!env HOME\n", "PLM015"),
-    Mistake("plmcc: 1\nname: §!!str 5\n", "PLM015"),
-    Mistake("plmcc: 1\npasses: §!!set {a}\n", "PLM015"),
-    body("train: &t {data: {train: a}}\nlower: {§<<: *t}\n", "PLM016", "write the keys out"),
-    body("§~: x\n", "PLM019", "quote the key"),
-    body("§true: x\n", "PLM019", "quote the key"),
-    body("? §[a, b]\n: x\n", "PLM019"),
-    body("seed: §.nan\n", "PLM020"),
-    body("seed: §-.inf\n", "PLM020"),
-    body("train: {data: {train: a}, distill: {logits: §1e999}}\n", "PLM020"),
-    body(f"seed: §{'9' * 400}\n", "PLM020"),
-    # the top level
-    body("§passses: []\n", "PLM101", "did you mean `passes`?"),
-    body("§Seed: 1\n", "PLM101", "did you mean `seed`?"),
-    body("§zzzzzz: 1\n", "PLM101", "plmcc, name, model"),
-    body("§5: 1\n", "PLM101"),
-    body("name: §a b\n", "PLM107", "begin with a letter"),
-    body("name: §../x\n", "PLM107", "begin with a letter"),
-    body("name: §7\n", "PLM103", 'quote it: "7"'),
-    body("model: §[a]\n", "PLM103", "text"),
-    body("task: §text-clasification\n", "PLM105", "did you mean `text-classification`?"),
-    body('seed: §"3"\n', "PLM103", "write it without quotes"),
-    body("seed: §1_000\n", "PLM103", "1000"),
-    body("seed: §2.0\n", "PLM103", "write 2"),
-    body("seed: §true\n", "PLM103", "a whole number"),
-    body("seed: §-1\n", "PLM104", "at least 0"),
-    body("seed:§\n", "PLM103", "a whole number"),
-    # passes
-    Mistake("§plmcc: 1\nname: x\n", "PLM108", "add `passes:`"),
-    Mistake("plmcc: 1\npasses: §[]\n", "PLM108", "at least one"),
-    Mistake("plmcc: 1\npasses: §compositional_codes\n", "PLM103", "write [compositional_codes]"),
-    Mistake(
-        "plmcc: 1\npasses:\n  §compositional_codes: {}\n", "PLM103", "begin each item with `- `"
-    ),
-    Mistake("plmcc: 1\npasses: [§compositional_code]\n", "PLM110", "`compositional_codes`"),
-    Mistake("plmcc: 1\npasses:\n  - §Compositional-Codes: {}\n", "PLM110", "`compositional_codes`"),
-    Mistake("plmcc: 1\npasses:\n  - §xyz:\n      a: 1\n", "PLM110", "`plmcc passes` lists them"),
-    Mistake("plmcc: 1\npasses: [§_bits]\n", "PLM110"),
-    Mistake("plmcc: 1\npasses: [§3]\n", "PLM111", "- name"),
-    Mistake("plmcc: 1\npasses: [§{}]\n", "PLM111", "- name"),
-    Mistake("plmcc: 1\npasses:\n  -§\n", "PLM111", "- name"),
-    Mistake("plmcc: 1\npasses: [§[compositional_codes]]\n", "PLM111"),
-    Mistake("plmcc: 1\npasses: [compositional_codes: §3]\n", "PLM103", "a mapping"),
-    Mistake(
-        "plmcc: 1\npasses:\n  - compositional_codes:\n    §codebooks: 8\n",
-        "PLM111",
-        "indent the options deeper",
-    ),
-    Mistake(
-        "plmcc: 1\npasses:\n  - compositional_codes: {}\n    §other: {}\n",
-        "PLM111",
-        "begin every pass with `- `",
-    ),
-    option("§codeboks: 8", "PLM101", "did you mean `codebooks`?"),
-    option('codebooks: §"16"', "PLM103", "write it without quotes"),
-    option("codebooks: §16.0", "PLM103", "write 16"),
-    option("codebooks: §[16]", "PLM103", "a whole number"),
-    option("codebooks: §0", "PLM104", "at least 1"),
-    option("codewords: §65537", "PLM104", "at most 65536"),
-    option("learning_rate: §0", "PLM104", "more than 0"),
-    option("initialisation: §papr", "PLM105", "did you mean `paper`?"),
-    option("targets: §5", "PLM103", "text or a list"),
-    option("targets: [a, §5]", "PLM103", 'quote it: "5"'),
-    option("expect: §many", "PLM103", "a whole number"),
-    # training
-    body("train: §fast\n", "PLM103", "a mapping"),
-    body("§train: {}\n", "PLM102", "add `data: ...`"),
-    body("train:\n  §data: {eval: a.txt}\n", "PLM102", "add `train: ...`"),
-    body("train: {data: {train: §''}}\n", "PLM104", "at least 1"),
-    body("train: {data: {train: §[]}}\n", "PLM104", "at least 1"),
-    body("train: {data: {train: §'hub:'}}\n", "PLM107", "write hub:name"),
-    body("train: {data: {train: a, max_length: §3}}\n", "PLM104", "at least 4"),
-    body("train: {data: {train: a, limit: §0}}\n", "PLM104", "more than 0"),
-    body("train: {data: {train: a, §txt: b}}\n", "PLM101", "did you mean `text`?"),
-    body("train: {data: {train: a, synthetic: §{}}}\n", "PLM108", "write `train: synthetic`"),
-    train("trainable: §pases", "PLM105", "did you mean `passes`?"),
-    train("distill: §{}", "PLM108", "set one of logits"),
-    train("distill: §{task: 1, logits: 0}", "PLM108", "set one of"),
-    train("distill: {logits: 1, layers: §{0: 1}}", "PLM108", "set `hidden_states`"),
-    train("distill: {logits: §-1}", "PLM104", "at least 0"),
-    train("distill: {logits: 1, temperature: §0}", "PLM104", "more than 0"),
-    train("distill: {hidden_states: 1, layers: {§a: 1}}", "PLM103", "a whole number"),
-    train("distill: {hidden_states: 1, layers: {0: §-1}}", "PLM104", "at least 0"),
-    train("arguments: {§num_train_epoch: 1}", "PLM120", "did you mean `num_train_epochs`?"),
-    train("arguments: {§seed: 1}", "PLM121", "write `seed:` at the top"),
-    train("arguments: {§push_to_hub: true}", "PLM121", "uploads nothing"),
-    train("arguments: {learning_rate: §fast}", "PLM103", "a number"),
-    train("arguments: {bf16: §yes}", "PLM103", "write true"),
-    train("arguments: {max_steps: §1e3}", "PLM103", "write 1000"),
-    train("arguments: {eval_strategy: §epochs}", "PLM105", "did you mean `epoch`?"),
-    train("arguments: §[]", "PLM103", "a mapping"),
-    # evaluation and lowering
-    body("evaluate: §{metric: f1, data: a}\n", "PLM103", "begin each item with `- `"),
-    body("evaluate: [{metric: §acuracy, data: a}]\n", "PLM105", "did you mean `accuracy`?"),
-    body("evaluate: [§{metric: f1}]\n", "PLM102", "add `data: ...`"),
-    body("lower: {to: §compile}\n", "PLM103", "write [compile]"),
-    body("lower: {to: [compile, §onnx]}\n", "PLM105", "'compile'"),
-    body("lower: §{to: []}\n", "PLM108", "add `to: [compile]` or `quantize`"),
-    body("lower: {to: [compile], dynamic: §off}\n", "PLM103", "write false"),
-    # what a search varies
-    search(
-        "{§passes.0.compositional_codes.codeboks: [1, 2]}", "PLM101", "did you mean `codebooks`?"
-    ),
-    search("{passes.0.compositional_codes.beam: [1, §x]}", "PLM103", "a whole number"),
-    search("{passes.0.compositional_codes.beam: {low: §0, high: 3}}", "PLM104", "at least 1"),
-    search("{passes.0.compositional_codes.beam: {low: 1, high: §3.5}}", "PLM103", "a whole number"),
-    search("{passes.0.compositional_codes.beam: {low: 1, high: 3, step: §.5}}", "PLM103", "whole"),
-    search("{§passes.1.compositional_codes.beam: [1, 2]}", "PLM131", "0 to 0"),
-    search("{§passes.0.compositional_code.beam: [1, 2]}", "PLM131", "`compositional_codes`"),
-    search("{§trian.arguments.max_steps: [1, 2]}", "PLM131", "did you mean `train`?"),
-    search("{§train.arguments.maxsteps: [1, 2]}", "PLM120", "did you mean `max_steps`?"),
-    search("{§passes..beam: [1, 2]}", "PLM130"),
-    search("{seed: [1, 2, §1]}", "PLM107", "keep one"),
-    search("{seed: §[1]}", "PLM104", "at least 2"),
-    search("{seed: §1}", "PLM103", "a list or a mapping"),
-    search("§{}", "PLM104", "at least 1"),
-    search("{seed: {low: §3, high: 2}}", "PLM107", "exchange"),
-    search("{seed: {low: §0, high: 2, log: true}}", "PLM107", "remove `log`"),
-    search("{seed: {low: 1, high: 4, log: true, step: §2}}", "PLM108", "keep one"),
-    search("{seed: {low: 1, high: 4, step: §4}}", "PLM107", "lower it"),
-    search("{§seed: {low: 1}}", "PLM102", "add `high"),
-    # stages
-    body("stages: §[{name: a, passes: [compositional_codes]}]\n", "PLM108", "into a stage"),
-    Mistake("plmcc: 1\nstages: §[]\n", "PLM108", "add `stages:`"),
-    Mistake(
-        "plmcc: 1\nstages:\n"
-        "- {name: a, train: &t {data: {train: synthetic}}}\n"
-        "- {name: §a, train: *t}\n",
-        "PLM107",
-        "rename one",
-    ),
-    Mistake("plmcc: 1\nstages: [{name: §a}]\n", "PLM108", "give it `passes` or `train`"),
-    Mistake("plmcc: 1\nstages: [§{passes: []}]\n", "PLM102", "add `name: ...`"),
-    Mistake("plmcc: 1\nstages: [{name: a, passes: [§b]}]\n", "PLM110"),
-]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: repr(m.text[-50:]))

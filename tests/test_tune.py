@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from typer.testing import CliRunner, Result
 from words import words
 
 from plmcc import cli_search
+from plmcc.cli import app
 from plmcc.compiler import run as carry_out
 from plmcc.compiler import source_of
 from plmcc.diagnostics import PlmccError
@@ -56,17 +56,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Any:
-    """What the command prints, in a fresh process."""
-    command = [sys.executable, "-m", "plmcc.cli", "search", "there/r.yaml", "bert", "-o", "out"]
-    done = subprocess.run([*command, *TARGET], capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    """What the command prints; its paths are those of another folder than the tests'."""
+    given = ["search", "there/r.yaml", "bert", "-o", "out", *TARGET]
+    with chdir(folder):
+        done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.exception
     return json.loads(done.stdout)
 
 
 def search(folder: Path, text: str, *arguments: str, model: str = "bert") -> Result:
     """Run the command in this process."""
-    from plmcc.cli import app
-
     (folder / "there/other.yaml").write_text(text)
     given = ["search", str(folder / "there/other.yaml"), str(folder / model), *arguments]
     return CliRunner().invoke(app, given)
@@ -126,8 +125,6 @@ def test_the_page_shows_the_front(found: Any, folder: Path) -> None:
 
 def test_the_same_command_goes_on_and_has_nothing_left_to_do(found: Any, folder: Path) -> None:
     given = [str(folder / "there/r.yaml"), str(folder / "bert"), "-o", str(folder / "out")]
-    from plmcc.cli import app
-
     done = CliRunner().invoke(app, ["search", *given, *TARGET])
     assert trials(done) == found["trials"]
     other = CliRunner().invoke(app, ["search", *given, "--target", "size<=99kB"])
