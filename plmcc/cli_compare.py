@@ -85,9 +85,10 @@ def _check_metric(metric: str | None) -> None:
 
     from plmcc.recipe_parts import Metric
 
-    known = [name for name in get_args(Metric) if name != "fidelity"]
-    if metric == "fidelity":
-        message = "a comparison is made by labelled data, and `fidelity` looks at the original only"
+    beside = ("fidelity", "kl_divergence")
+    known = [name for name in get_args(Metric) if name not in beside]
+    if metric in beside:
+        message = f"a comparison is made by labelled data, and `{metric}` looks at the original"
         raise error("PLM502", message, "--metric", given=metric, allowed=", ".join(known))
     if metric is not None and metric not in known:
         raise error("PLM502", "there is no such metric", "--metric", given=metric,

@@ -80,7 +80,7 @@ class Evaluator:
     @torch.no_grad()
     def compute(self, metric: str, rows: Rows) -> float:
         """Return a metric; correlations, accuracies and fidelity are in percent, perplexity is per
-        token.
+        token, kl_divergence in nats a prediction.
 
         Raises:
             PlmccError: the rows or the model do not have what the metric needs.
@@ -96,6 +96,8 @@ class Evaluator:
             return self._perplexity(rows)
         if metric in _TRANSLATION:
             return self._translation(metric, rows)
+        if metric == "kl_divergence":
+            return self._divergence(rows)
         assert metric == "fidelity", metric
         return 100 * self._fidelity(rows)
 
@@ -266,6 +268,31 @@ class Evaluator:
             )
             agreements.append(same.cpu())
         return float(torch.cat(agreements).mean())
+
+    def _divergence(self, rows: Rows) -> float:
+        """Mean KL(original || model) over predictions: of classes, or of tokens that are not
+        padding; of translations, of each next token after the beginning of the reference."""
+        assert self.original is not None, "kl_divergence compares with the original"
+        total, count = 0.0, 0
+        for batch, real in self._with_real(rows):
+            outputs = [m(**batch).get("logits") for m in (self.original, self.model)]
+            if outputs[0] is None:
+                raise error("PLM303", "kl_divergence needs a head, and the model has none",
+                            "evaluate", cure="use `fidelity`")  # fmt: skip
+            theirs_NV, mine_NV = (logits.float()[real].log_softmax(-1) for logits in outputs)
+            total += float(F.kl_div(mine_NV, theirs_NV, log_target=True, reduction="sum"))
+            count += len(mine_NV)
+        return total / max(1, count)
+
+    def _with_real(self, rows: Rows) -> Iterator[tuple[dict[str, Tensor], Any]]:
+        """Batches, and where there is something to predict in them."""
+        if self.model.config.is_encoder_decoder:
+            yield from ((batch, batch["labels"] != -100) for batch in self._forced(rows))
+            return
+        columns = [rows.texts(column) for column in range(len(rows.text))]
+        for _, batch in self._batches(*columns):
+            classes = self.task == "text-classification"
+            yield batch, (slice(None) if classes else batch["attention_mask"].bool())
 
     def _signature(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         """Pooled outputs (B, D), or the predicted classes or tokens."""

@@ -30,7 +30,7 @@ _LIMIT = re.compile(
 
 def lower_is_better(metric: str) -> bool:
     """Say which way a metric goes."""
-    return metric == "perplexity"
+    return metric in ("perplexity", "kl_divergence")
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ class Recipe(Node):
                 raise invalid("PLM108", message, *at, "train", "distill",
                               cure="name a folder by `teacher:`")  # fmt: skip
         for index, asked in enumerate(self.evaluate):
-            if asked.metric == "fidelity":
-                message = "`fidelity` compares with the original, which is random here"
+            if asked.metric in ("fidelity", "kl_divergence"):
+                message = f"`{asked.metric}` compares with the original, which is random here"
                 raise invalid("PLM108", message, "evaluate", index, "metric",
                               cure="choose another metric")  # fmt: skip
         return self

@@ -31,8 +31,8 @@ Task = Literal[
     "text-generation", "translation", "question-answering", "token-classification",
 ]
 Metric = Literal[
-    "accuracy", "f1", "matthews", "spearman", "pearson", "perplexity", "fidelity", "bleu", "chrf",
-    "exact_match",
+    "accuracy", "f1", "matthews", "spearman", "pearson", "perplexity", "fidelity", "kl_divergence",
+    "bleu", "chrf", "exact_match",
 ]
 # fmt: on
 Weight = Annotated[float, Field(ge=0)]
@@ -235,9 +235,9 @@ class Evaluate(Node):
     """One figure of the report."""
 
     metric: Metric
-    """What is computed; `fidelity` compares with the original model. `f1` is of the words of
-    answers (question answering, as `exact_match`), of entities (token classification) or of
-    classes. `bleu`, `chrf` and entities need the extra `eval`."""
+    """What is computed; `fidelity` and `kl_divergence` compare with the original model. `f1` is of
+    the words of answers (question answering, as `exact_match`), of entities (token classification)
+    or of classes. `bleu`, `chrf` and entities need the extra `eval`."""
     data: Source
     """A file, a glob or `hub:name[/config][@split]`."""
     target: Source | None = None

@@ -78,6 +78,23 @@ def test_fidelity_is_100_for_the_same_model_and_less_for_another(tmp_path: Path)
     assert changed < 99
 
 
+@torch.no_grad()
+def test_the_divergence_from_the_original_is_that_of_its_distributions(tmp_path: Path) -> None:
+    lines = ["w1 w2 w3", "w4 w5"]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    rows, original, model = load_rows(str(tmp_path / "text.txt")), tiny("gpt2"), tiny("gpt2")
+    assert Evaluator(model, words(), Pooling(), original, 40).compute("kl_divergence", rows) == 0
+    model.get_input_embeddings().get_parameter("weight").mul_(3)
+    each = []
+    for line in lines:
+        ids = words()(line, return_tensors="pt")["input_ids"]
+        p, q = (m(input_ids=ids).logits[0].softmax(-1) for m in (original, model))
+        each.append((p * (p / q).log()).sum(-1))
+    found = Evaluator(model, words(), Pooling(), original, 40).compute("kl_divergence", rows)
+    assert found == pytest.approx(float(torch.cat(each).mean()), rel=1e-4)
+    assert found > 0.01
+
+
 @pytest.mark.parametrize(
     ("metric", "fragment"),
     [("accuracy", "classification head"), ("spearman", "two columns")],
