@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from plmcc import ranks
 from plmcc.api import State
 from plmcc.source import write_json
 
@@ -27,6 +28,8 @@ _VALUES, _TENSORS = "objectives.json", "objectives.safetensors"
 _SECONDS = 300.0
 _SHARE = 0.05
 """The most of the time that checkpoints may take."""
+_TOGETHER = 20
+"""Steps between two times that several processes ask the first one's clock."""
 
 
 class Stateful(Protocol):
@@ -49,7 +52,9 @@ class Timer(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask, if it is time."""
-        if time.monotonic() - self._last >= self._wait:
+        if ranks.count() > 1 and state.global_step % _TOGETHER:
+            return
+        if ranks.agreed(time.monotonic() - self._last >= self._wait):
             control.should_save = True
 
     def saved(self, seconds: float) -> None:

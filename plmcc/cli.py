@@ -131,6 +131,7 @@ def apply(
 
     from rich.console import Console
 
+    from plmcc import ranks
     from plmcc.compiler import apply as apply_recipe
     from plmcc.report import print_summary
     from plmcc.terminal import calm
@@ -138,12 +139,15 @@ def apply(
     calm()
     loaded = load_recipe(recipe, overrides or (), real=True)
     given = _vectors(model, loaded.task) if skip_broken else model
+    say: Any = typer.echo if ranks.first() else lambda _: None
     for line in cli_plan.short(loaded, model, recipe.parent):
-        typer.echo(line)
+        say(line)
     chosen: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "base": recipe.parent}
-    result = apply_recipe(loaded, given, output, **chosen, say=typer.echo)
-    print_summary(result, Console())
-    typer.echo(f"written to {result.folder}; a fresh process reloaded it with the same outputs")
+    result = apply_recipe(loaded, given, output, **chosen, say=say)
+    if ranks.first():
+        print_summary(result, Console())
+    say(f"written to {output}; a fresh process reloaded it with the same outputs")
+    ranks.leave()
 
 
 def _vectors(model: str | None, task: str) -> Any:

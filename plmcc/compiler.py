@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from plmcc import artifact, catalog, question_answering, rewrite, stages
+from plmcc import artifact, catalog, question_answering, ranks, rewrite, stages
 from plmcc.api import Pass
 from plmcc.bench import Latency, measure
 from plmcc.data import Rows
@@ -113,6 +113,7 @@ def apply(
         PlmccError: anything wrong with the recipe, the model, the data, the training or the result.
             The output directory then does not exist, or is as it was before.
     """
+    ranks.join()  # first: it says which GPU is whose
     target = free(Path(output), overwrite) if output is not None else None
     name = model or recipe.model
     if target is not None and isinstance(name, (str, Path)):
@@ -120,11 +121,16 @@ def apply(
     source = source_of(recipe, name, base)
     if target is None:
         return run(recipe, source, say, base)
-    kept = stages.prepare(target, resume, overwrite)
+    kept = stages.folder_of(target)
+    if ranks.first():
+        stages.prepare(target, resume, overwrite)
+    ranks.wait()
     result = run(recipe, source, say, base, kept=kept)
-    say("writing and verifying")
-    write(recipe, source, result, target)
-    stages.finish(kept, recipe)
+    if ranks.first():
+        say("writing and verifying")
+        write(recipe, source, result, target)
+        stages.finish(kept, recipe)
+    ranks.wait()
     return result
 
 
@@ -147,6 +153,7 @@ def source_of(
         return name
     if isinstance(name, Scratch):
         return new_source(recipe, base)
+    set_seed(recipe.seed)  # a head that the checkpoint lacks is random
     source = load_source(name, recipe.task, head_shown(recipe, base))
     if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
         source.model.float()
@@ -217,8 +224,9 @@ def run(
             result.digests.append({"name": stage.name, "passes": names, **made})
         if cached:
             check_cache(model, probe_inputs(model))
-        if work is not None:
+        if work is not None and ranks.first():
             work.write(index, result)
+        ranks.wait()
     if recipe.lower is not None and recipe.lower.quantize is not None:
         _quantize(recipe, recipe.lower.quantize, result, say)
     if result.records:  # a model without passes stays one that transformers loads alone
@@ -232,7 +240,8 @@ def run(
         {"metric": asked.metric, "data": asked.data, "before": b, "after": a}
         for asked, b, a in zip(recipe.evaluate, known, after, strict=False)
     ]
-    if original is not None and (recipe.lower or recipe.evaluate) and not brief:
+    timed = bool(recipe.lower or recipe.evaluate) and not brief and ranks.first()
+    if original is not None and timed:
         say("measuring latency")
         compiled = recipe.lower is not None and "compile" in recipe.lower.to
         result.latency = _timed(

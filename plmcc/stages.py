@@ -114,8 +114,8 @@ def folder_of(output: Path) -> Path:
     return output.parent / f".{output.name}.stages"
 
 
-def prepare(output: Path, resume: bool, overwrite: bool) -> Path:
-    """Return the folder of the stages, emptied unless they are to be used again.
+def prepare(output: Path, resume: bool, overwrite: bool) -> None:
+    """Empty the folder of the stages, unless they are to be used again.
 
     Raises:
         PlmccError: an earlier run was cut off, and nothing says what to do with its work.
@@ -127,13 +127,12 @@ def prepare(output: Path, resume: bool, overwrite: bool) -> Path:
     ):
         shutil.rmtree(left, ignore_errors=True)  # drafts of a run that was killed
     if resume or not folder.exists():
-        return folder
+        return
     if not overwrite and any(folder.iterdir()):
         cure = "add --resume to go on with it, or --overwrite to begin again"
         raise error("PLM503", "an earlier run was cut off, and its work is here", str(folder),
                     cure=cure)  # fmt: skip
     shutil.rmtree(folder)
-    return folder
 
 
 def finish(folder: Path, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from plmcc import checkpoints
+from plmcc import checkpoints, ranks
 from plmcc.diagnostics import PlmccError, error
 from plmcc.distill import Distillation
 from plmcc.recipe import Train
@@ -88,7 +88,7 @@ def _made(
 ) -> DistillingTrainer:
     arguments = _arguments(settings, lesson, folder)
     try:
-        return DistillingTrainer(
+        trainer = DistillingTrainer(
             model=model,
             args=arguments,
             train_dataset=lesson.train,
@@ -98,6 +98,11 @@ def _made(
         )
     except (ValueError, TypeError, ImportError, ZeroDivisionError) as problem:
         raise _refused(problem) from None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        message = "a model that is being rewritten has to be whole on every device"
+        raise error("PLM303", message, "train.arguments", given="FSDP or DeepSpeed",
+                    cure="launch plain data parallelism (torchrun, MULTI_GPU)")  # fmt: skip
+    return trainer
 
 
 def _run(trainer: DistillingTrainer, checkpoint: Path | None) -> None:
@@ -188,6 +193,8 @@ def _arguments(settings: Train, lesson: Lesson, folder: Path) -> TrainingArgumen
         "dataloader_pin_memory": not on_cpu,
         "use_cpu": on_cpu and not torch.backends.mps.is_available(),
     }
+    if on_cpu and ranks.count() > 1:
+        chosen["ddp_backend"] = "gloo"
     chosen |= dict(settings.arguments)
     try:
         return TrainingArguments(

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
-from plmcc import checkpoints
+from plmcc import checkpoints, ranks
 from plmcc.api import Objective
 from plmcc.diagnostics import error
 from plmcc.distill import Distillation
@@ -188,6 +188,7 @@ class DistillingTrainer(Trainer):
         start = time.monotonic()
         with writing("a checkpoint", Path(str(self.args.output_dir))):
             super()._save_checkpoint(*args, **kwargs)
+        ranks.wait()  # every process has written its random state
         if self.args.should_save:
             checkpoints.finish(
                 Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

@@ -6,6 +6,7 @@ outputs.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from plmcc.diagnostics import error, listing
 from plmcc.probes import probe_inputs
 from plmcc.tasks import auto_class, task_of
 
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROBES = "probes.safetensors"
 _NEW_TOKENS = 8
 
@@ -184,12 +186,10 @@ def in_fresh_process(folder: Path) -> float:
     Raises:
         PlmccError: it fails there, with its reason.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "plmcc.verify", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "plmcc.verify", str(folder)]
+    # It is one process, also where this one has been launched with others.
+    alone = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     if done.returncode != 0:
         reason = (done.stderr.strip() or "no output").splitlines()[-1]
         raise error("PLM402", f"a fresh process cannot reload the artifact: {reason}", str(folder))
