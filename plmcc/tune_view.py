@@ -103,11 +103,17 @@ def _columns(found: Found) -> list[str]:
 def _figures(found: Found, figures: Mapping[str, float]) -> list[str]:
     """The figures of a trial in the order of the columns."""
     words = {
-        "size": "{:,.0f} bytes", "quality": "{:.2f}", "drop": "{:.2f}", "parameters": "{:,.0f}",
-        "latency": "{:.4g} s",
-    }  # fmt: skip
-    names = ["quality" if name == found.asked.metric else name for name in _columns(found)]
-    return [words[name].format(figures[name]) if name in figures else "" for name in names]
+        "size": "{:,.0f} bytes",
+        "quality": "{:.2f}",
+        "drop": "{:.2f}",
+        "parameters": "{:,.0f}",
+    }
+    cells = {name: words[name].format(figures[name]) for name in words if name in figures}
+    if "latency" in figures:
+        times = figures["latency"] / figures["original_latency"]
+        cells["latency"] = f"{1e3 * figures['latency']:.2f} ms, {times:.2f}x"
+    cells[found.asked.metric] = cells.get("quality", "")
+    return [cells.get(name, "") for name in _columns(found)]
 
 
 def _said(found: Found, trial: Tried) -> str:
