@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from plmcc.overview import overview
 from plmcc.pictures import Pictured, curves, draw, drawable
 
 _STYLE = """\
@@ -27,7 +28,7 @@ def page(values: Mapping[str, Any], pictures: Sequence[Pictured]) -> str:
         pictures: what the passes hand over to draw.
     """
     title = f"{values['recipe']}: {values['model']}"
-    return document(title, [*_tables(values), *_pictures(values, pictures)])
+    return document(title, [*_pictures(values, pictures), *_tables(values)])
 
 
 def document(title: str, parts: Sequence[str]) -> str:
@@ -39,10 +40,12 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def _pictures(values: Mapping[str, Any], pictures: Sequence[Pictured]) -> Iterator[str]:
-    if not pictures and not any(curves(log) for log in values["training"].values()):
+    trained = any(curves(log) for log in values["training"].values())
+    if not (pictures or trained or values["bytes_before"]):
         return
     yield "<h2>Pictures</h2>"
     if drawable():
+        yield from overview(values)
         yield from draw(pictures, values["training"])
     else:
         yield NO_PICTURES

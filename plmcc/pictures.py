@@ -84,7 +84,7 @@ def front(title: str, dots: Sequence[Dot], x: str, y: str) -> str:
             for number, dot in of_kind:
                 label = kind if number == of_kind[0][0] else None
                 (drawn,) = axes.plot(dot.size, dot.quality, "o", color=f"C{index}", label=label)
-                drawn.set_gid(_id("dot", number, dot.name))
+                drawn.set_gid(picture_id("dot", number, dot.name))
                 offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 6}
                 axes.annotate(dot.name, (dot.size, dot.quality), **offset)
         best = sorted((dot.size, dot.quality) for dot in dots if dot.best)
@@ -93,7 +93,7 @@ def front(title: str, dots: Sequence[Dot], x: str, y: str) -> str:
         axes.set(title=title, xlabel=x, ylabel=y, xscale="log")
         axes.legend(loc="lower right")
 
-    return _svg(1, fill, wide=8.0)
+    return svg(1, fill, wide=8.0)
 
 
 def curves(log: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:
@@ -128,10 +128,10 @@ def _spread(clouds: Sequence[Pictured]) -> list[Pictured]:
 def _line(number: int, title: str, name: str, pairs: list[tuple[float, float]]) -> str:
     def fill(axes: Any) -> None:
         (line,) = axes.plot(*zip(*pairs, strict=True), marker=".")
-        line.set_gid(_id("line", number, name))
+        line.set_gid(picture_id("line", number, name))
         axes.set(title=title, xlabel="step", ylabel=name)
 
-    return _svg(number, fill)
+    return svg(number, fill)
 
 
 def _bars(number: int, title: str, parts: Sequence[Pictured]) -> str:
@@ -148,13 +148,13 @@ def _bars(number: int, title: str, parts: Sequence[Pictured]) -> str:
             places = [sites.index(site) + (index + 0.5) * width - 0.4 for site in found]
             drawn = axes.bar(places, list(found.values()), width, label=name)
             for bar, site in zip(drawn, found, strict=True):
-                bar.set_gid(_id("bar", number, parts[0].picture.title, name, site))
+                bar.set_gid(picture_id("bar", number, parts[0].picture.title, name, site))
         axes.set(title=title, ylabel=parts[0].picture.y)
         axes.set_xticks(range(len(sites)), sites, rotation=30, ha="right")
         if len(values) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
-    return _svg(number, fill, wide=max(5.0, 0.12 * len(sites) * len(values) + 3.0))
+    return svg(number, fill, wide=max(5.0, 0.12 * len(sites) * len(values) + 3.0))
 
 
 def _points(number: int, one: Pictured) -> str:
@@ -165,19 +165,22 @@ def _points(number: int, one: Pictured) -> str:
         for index, (name, pairs) in enumerate(picture.series.items()):
             if pairs:
                 drawn = axes.scatter(*zip(*pairs, strict=True), s=3, label=name, color=f"C{index}")
-                drawn.set_gid(_id("points", number, picture.title, name))
+                drawn.set_gid(picture_id("points", number, picture.title, name))
         axes.set(title=f"{picture.title}\n{one.path}, stage {one.stage}")
         axes.set(xlabel=picture.x, ylabel=picture.y)
         axes.legend()
 
-    return _svg(number, fill)
+    return svg(number, fill)
 
 
-def _id(*parts: object) -> str:
+def picture_id(*parts: object) -> str:
+    """Return the id of something in a picture."""
     return ":".join(map(str, parts)).replace(" ", "-")
 
 
-def _svg(number: int, fill: Any, wide: float = 5.0) -> str:
+def svg(number: int | str, fill: Any, wide: float = 5.0, high: float = 3.0) -> str:
+    """Return an SVG text of what `fill(axes)` draws; sizes are in inches, the number is the
+    picture's own in its page."""
     # matplotlib takes half a second to import, and is not always there.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -185,7 +188,7 @@ def _svg(number: int, fill: Any, wide: float = 5.0) -> str:
     written = io.StringIO()
     # The salt keeps ids of several pictures in one page apart, and equal from run to run.
     with rc_context(_STYLE | {"svg.hashsalt": f"plmcc{number}"}):
-        figure = Figure(figsize=(wide, 3.0))
+        figure = Figure(figsize=(wide, high))
         fill(figure.subplots())
         figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None})
     svg = written.getvalue()

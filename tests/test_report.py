@@ -43,8 +43,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(data: Path) -> Train:
     arguments: dict[str, Any] = {"max_steps": STEPS, "logging_steps": 3, "learning_rate": 1e-3}
-    # The fused optimizer changes scores without counting versions, by which masks are kept.
-    arguments["optim"] = "adamw_torch"
     return Train(data=Data(train=str(data / "rows.tsv")), arguments=arguments)
 
 
@@ -160,12 +158,32 @@ def test_a_run_without_passes_has_its_curve(data: Path) -> None:
     assert ids((data / "plain/report.html").read_text(), "line") == ["line:loss"]
 
 
-def test_a_run_without_training_and_pictures_says_nothing_of_them(data: Path) -> None:
+def test_a_run_without_training_has_the_bars_of_its_bytes_alone(data: Path) -> None:
     recipe = Recipe(passes=[DropLayers(targets="encoder", keep=1)])
     plmcc.apply(recipe, data / "bert", data / "shallow")
     text = (data / "shallow/report.html").read_text()
     assert "<h2>Bytes</h2>" in text
-    assert "Pictures" not in text
+    assert len(images(text)) == 1
+    done = json.loads((data / "shallow/report.json").read_text())
+    names = {**done["bytes_before"], **done["bytes_after"]}
+    for what in ("original", "compressed"):
+        drawn = [name for image in images(text) for node in image.iter()
+                 if (name := node.get("id", "")).startswith(f"bytes:{what}:")]  # fmt: skip
+        assert len(drawn) == len(names)
+
+
+def test_errors_latency_and_quality_are_drawn_where_there_are_any() -> None:
+    site = {"pass": "codes", "paths": ["table"], "figures": {"relative_error": 0.5}}
+    other = {"pass": "other", "paths": ["layer"], "figures": {}}
+    row = {"mode": "eager", "batch": 1, "length": 32, "original": 1.0, "compressed": 2.0,
+           "ratio": 2.0, "spread": 0.1}  # fmt: skip
+    metrics = [{"metric": "spearman", "data": "a", "before": 82.0, "after": 81.0},
+               {"metric": "bleu", "data": "b", "before": None, "after": 30.0}]  # fmt: skip
+    sizes = {"bytes_before": {"table": 2000}, "bytes_after": {"table": 1000}}
+    text = page(values(sites=[site, other], latency=[row], metrics=metrics, **sizes), [])
+    assert ids(text, "error") == ["error:table"]
+    assert ids(text, "latency") == ["latency:eager,-1-x-32"]
+    assert ids(text, "quality") == ["quality:spearman"]
 
 
 def values(**more: Any) -> dict[str, Any]:
