@@ -138,10 +138,11 @@ def combined(asked: Comparison, run: argparse.Namespace) -> Compared:
     start = time.perf_counter()  # of judging it; training is in the artifact's report
     source = load_source(folder, "sentence-similarity")
     table: Any = source.model.get_input_embeddings()
-    name = "prune_vocabulary, binary_embedding, int8 linears"
+    name = "pruned_codes, int8 linears"
     figures = asked.figures(source)
     seconds = round(time.perf_counter() - start, 1)
-    return Compared(name, "combined", "bits 240", module_bytes(table), file_bytes(folder), figures,
+    chosen = "12000 tokens, 96 x 4 bits"
+    return Compared(name, "combined", chosen, module_bytes(table), file_bytes(folder), figures,
                     True, seconds)  # fmt: skip
 
 

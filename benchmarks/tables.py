@@ -67,7 +67,9 @@ def embeddings(rows: list[dict[str, Any]]) -> str:
         [
             (
                 row["method"],
-                row["settings"].partition(" ")[2] if row["kind"] == "recipe" else row["settings"],
+                re.sub(r"\b[A-Z]\w+ ", "", row["settings"])
+                if row["kind"] == "recipe"
+                else row["settings"],
                 f"{row['table_bytes'] / 1e6:.2f} MB",
                 f"{row['table_compression']:.1f}x",
                 f"{row['model_bytes'] / 1e6:.1f} MB",

@@ -309,7 +309,7 @@ def _taught(recipe: Recipe) -> bool:
 
 
 def _shown(chosen: Any) -> str:
-    given = chosen.model_dump(exclude_unset=True, exclude={"targets", "expect"})
+    given = chosen.model_dump(exclude_unset=True, exclude={"targets", "expect", "text"})
     numbers = [f"{key} {value}" for key, value in given.items() if "rate" not in key]
     return " ".join([type(chosen).__name__, *numbers])
 
