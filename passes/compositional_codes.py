@@ -41,6 +41,8 @@ from plmcc.passes._tables import (
 from plmcc.program import Program
 from plmcc.progress import Progress
 
+_ONE_HOT = 32  # codewords of a book, up to which exported programs multiply with ones
+
 
 class CompositionalCodes(Pass):
     """Replace an embedding table by codes and codebooks: each row becomes a sum of shared
@@ -198,6 +200,12 @@ class CodedEmbedding(CompressedTable):
     def rows(self, ids_N: Tensor) -> Tensor:
         """Rows (N, D): the vectors that codes name, summed or side by side."""
         entries_NM = self._entries(self.codes[ids_N])
+        if self.summed and torch.compiler.is_exporting() and self.codewords <= _ONE_HOT:
+            # Other runtimes have no embedding bag; sums of gathered rows would take M times the
+            # memory of the result, and products with ones at the codes take little time.
+            places_P = torch.arange(len(self.codebooks), device=entries_NM.device)
+            ones_NMK = entries_NM[..., None] == places_P.view(self.num_codebooks, -1)
+            return ones_NMK.flatten(1).to(self.codebooks.dtype) @ self.codebooks
         if self.summed:
             return self._sum_of(entries_NM, self.codebooks)
         return self.codebooks[entries_NM].flatten(1)
@@ -218,6 +226,8 @@ class CodedEmbedding(CompressedTable):
         return unpack(packed_NB, self.num_codebooks, self.bits) + offsets
 
     def _sum_of(self, entries_NM: Tensor, vectors_PX: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return vectors_PX[entries_NM].sum(1)
         return F.embedding_bag(entries_NM, vectors_PX, mode="sum")
 
     def ideal_bits(self) -> int:

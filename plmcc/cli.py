@@ -165,25 +165,31 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the export goes.")
     ],
-    to: Annotated[str, typer.Option("--to", help="What to export to: aoti.")] = "aoti",
-    beam: Annotated[int, typer.Option("--beam", min=1, help="The most beams to be asked for.")] = 4,
+    to: Annotated[str, typer.Option("--to", help="aoti, onnx or executorch.")] = "aoti",
+    beam: Annotated[
+        int, typer.Option("--beam", min=1, help="Translation: the most beams to be asked for.")
+    ] = 4,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Linear layers in int8 (extra `quantize`).")
+        bool, typer.Option("--int8", help="Linear layers in int8 (aoti: extra `quantize`).")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an export that plmcc wrote there.")
     ] = False,
 ) -> None:
-    """Compile a translation model ahead of time, to run without its Python code."""
-    if to != "aoti":
-        raise error("PLM502", "there is no such target", "--to", given=to, allowed="aoti")
+    """Write an encoder, or a translation model, as programs that run without its Python code."""
+    from plmcc.export_targets import check_target
+
+    check_target(to)  # at once, before torch is imported
 
     from plmcc.export import export_directory
     from plmcc.terminal import calm
 
     calm()
-    export_directory(model, output, num_beams=beam, overwrite=overwrite, int8=int8)
-    typer.echo(f"written to {output}; its .pt2 files hold machine code")
+    made = export_directory(model, output, to, num_beams=beam, overwrite=overwrite, int8=int8)
+    if made.difference is not None:
+        typer.echo(f"outputs within {made.difference:.1e} of their scale in a fresh process")
+    code = "; its .pt2 files hold machine code" if to == "aoti" else ""
+    typer.echo(f"written to {output}{code}")
 
 
 @app.command()

@@ -88,6 +88,8 @@ def has_programs(model: PreTrainedModel) -> bool:
         cache_shapes(model)
     except (AttributeError, KeyError, TypeError, ValueError):
         return False  # mixtures of experts want the encoder's router logits, pairs of models ...
+    except RuntimeError:
+        return False  # its code looks at values, which the meta device does not have
     return True
 
 

@@ -17,7 +17,7 @@ from plmcc.bench import Latency, measure
 from plmcc.data import Rows
 from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluate import Evaluator
-from plmcc.generate import translates
+from plmcc.export import check_export
 from plmcc.lessons import evaluation_rows, head_shown, lesson_of, with_teacher
 from plmcc.output import free, write
 from plmcc.pictures import Pictured
@@ -289,15 +289,19 @@ def prepare(recipe: Recipe, source: Source, base: Path | None, result: Result, s
 
 
 def check_lower(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Check that the result can be compiled as asked.
+    """Check that the result can be compiled and exported as asked.
 
     Raises:
-        PlmccError: it cannot.
+        PlmccError: it cannot, or what that needs is not installed.
     """
-    if recipe.lower is not None and "aoti" in recipe.lower.to and not translates(model):
-        message = f"only translation models go to aoti, and {type(model).__name__} is none"
-        raise error("PLM303", message, recipe.place(("lower", "to")), given="aoti",
-                    allowed="compile", cure="remove `aoti`")  # fmt: skip
+    for index, to in enumerate(recipe.lower.to if recipe.lower is not None else ()):
+        if to == "compile":
+            continue
+        try:
+            check_export(model, to)
+        except PlmccError as problem:
+            place = recipe.place(("lower", "to", index))
+            raise PlmccError(*(replace(d, place=place) for d in problem.diagnostics)) from None
 
 
 def check_trained(recipe: Recipe) -> None:

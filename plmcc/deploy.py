@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from plmcc.generate import compilable, translates
+from plmcc.diagnostics import PlmccError
+from plmcc.export import check_export
+from plmcc.export_targets import TARGETS
+from plmcc.generate import compilable
 
 Verdict = Literal["yes", "no", "untried"]
 # Configs of transformers that CTranslate2's converter (4.x) has a reader for.
@@ -44,9 +47,7 @@ def targets(model: PreTrainedModel, rewritten: Sequence[tuple[str, str, str]]) -
     return [
         _transformers(rewritten),
         _compile(model),
-        _aoti(model),
-        _exporter("onnx", "ONNX"),
-        _exporter("executorch", "ExecuTorch"),
+        *(_exported(model, to) for to in TARGETS),
         _ctranslate2(model, rewritten),
     ]
 
@@ -58,30 +59,18 @@ def _transformers(rewritten: Sequence[tuple[str, str, str]]) -> Target:
 
 
 def _compile(model: PreTrainedModel) -> Target:
-    if _runs_programs(model):
+    if compilable(model):
         return Target("compile", "yes", "plmcc.compile: the forward pass, and beam search")
     return Target("compile", "yes", "plmcc.compile: the forward pass")
 
 
-def _aoti(model: PreTrainedModel) -> Target:
-    if not translates(model):
-        reason = f"only translation models are exported, and {type(model).__name__} is none"
-        return Target("aoti", "no", reason)
-    if not _runs_programs(model):
-        return Target("aoti", "no", "its attention or cache is its own: no program can run it")
-    return Target("aoti", "yes", "`plmcc export`, if its generation config is plain beam search")
-
-
-def _runs_programs(model: PreTrainedModel) -> bool:
+def _exported(model: PreTrainedModel, to: str) -> Target:
     try:
-        return compilable(model)
-    except RuntimeError:  # its code looks at values, which the meta device does not have
-        return False
-
-
-def _exporter(name: str, title: str) -> Target:
-    reason = f"plmcc writes no {title}; `transformers.exporters` may, from the loaded model"
-    return Target(name, "untried", reason)
+        check_export(model, to)
+    except PlmccError as problem:
+        found = problem.diagnostics[0]
+        return Target(to, "no", f"{found.message} ({found.cure})")
+    return Target(to, "yes", f"`plmcc export --to {to}`, or `lower: {{to: [{to}]}}`")
 
 
 def _ctranslate2(model: PreTrainedModel, rewritten: Sequence[tuple[str, str, str]]) -> Target:

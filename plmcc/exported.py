@@ -1,4 +1,4 @@
-"""An export directory: compiled programs that translate without the model's code.
+"""An export directory: compiled programs that run without the model's code.
 
 Nothing here imports transformers. A `.pt2` file holds machine code: load directories only that you
 made or trust, as you would start a program.
@@ -6,129 +6,98 @@ made or trust, as you would start a program.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from plmcc.diagnostics import PlmccError, error
-from plmcc.replay import Run, load
+from plmcc.diagnostics import error, listing
+from plmcc.exported_search import ExportedSearch
+from plmcc.manifest import Manifest
+from plmcc.replay import Run
+from plmcc.runners import open_program
 from plmcc.runtime import in_range, translate
 from plmcc.search import Search
 
-MANIFEST = "plmcc_export.json"
-FORMAT = 3
-_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `plmcc_export.json` says of the programs beside it."""
-
-    name: str
-    architecture: str
-    device: str
-    torch: str
-    cpu: str
-    """What the code needs of the processor, in torch's words."""
-    shapes: list[list[int]]
-    """Heads and width of each self-attention cache: keys of all layers, then values."""
-    steps: list[int]
-    """How many candidates each `step-N.pt2` returns."""
-    positions: int | None
-    """How many tokens the model can read and write, if there is a limit."""
-    vocabulary: int
-    """How many tokens the model can read."""
-    search: dict[str, Any]
-    """The fields of `plmcc.search.Search`: what is searched for when nothing is asked."""
-    format: int = FORMAT
-
-    def write(self, folder: Path) -> None:
-        """Write it into a folder."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read it.
-
-        Raises:
-            PlmccError: there is none, or it cannot be understood.
-        """
-        place = str(folder / MANIFEST)
-        try:
-            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            cure = "make one with `plmcc export`"
-            raise error("PLM401", "this is no export directory", place, cure=cure) from None
-        except (OSError, ValueError) as problem:
-            raise error("PLM401", f"it cannot be read: {problem}", place) from None
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != known or values["format"] != FORMAT:
-            cure = "export the model again"
-            raise error("PLM401", "another version of plmcc wrote this", place, cure=cure)
-        return cls(**values)
-
-    def check(self, folder: Path) -> None:
-        """Refuse code that this machine or this torch cannot run.
-
-        Raises:
-            PlmccError: it cannot.
-        """
-        cure = "export the model here"
-        if _minor(self.torch) != _minor(torch.__version__):
-            message = "the programs were compiled by another version of torch"
-            given, allowed = self.torch, torch.__version__
-            raise error("PLM402", message, str(folder), given=given, allowed=allowed, cure=cure)
-        here = torch.backends.cpu.get_cpu_capability()
-        if self.cpu != here and not _runs(self.cpu, here):
-            message = "the programs were compiled for another processor"
-            raise error("PLM402", message, str(folder), given=self.cpu, allowed=here, cure=cure)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise error("PLM402", "the programs need a GPU", str(folder), cure=cure)
-
 
 class Exported:
-    """A loaded export directory.
+    """A loaded export directory: an encoder is called, a translation model has `generate`.
 
     Raises:
-        PlmccError: it is damaged, or this machine cannot run it.
+        PlmccError: it is damaged, this machine cannot run it, or its runtime is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.manifest = Manifest.read(folder)
         self.manifest.check(folder)
-        known = self.manifest.search
-        self.search = Search(**known | {n: tuple(known[n]) for n in ("eos", "banned")})
-        device = self.manifest.device
-        self._encode = _load(folder / "encode.pt2", device, replayed=False)
-        self._steps = {
-            size: _load(folder / f"step-{size}.pt2", device, replayed=True)
-            for size in self.manifest.steps
-        }
+        self._run: Run | None = None
+        self._programs: ExportedSearch | None = None
+        if self.manifest.kind == "translation":
+            self._programs = ExportedSearch(folder, self.manifest)
+        else:
+            self._run = open_program(folder, self.manifest)
 
     @property
-    def restrictions(self) -> tuple[tuple[int, ...], bool]:
-        """What the model's generation config forbade to write (`plmcc.runtime.Programs`)."""
-        return self.search.restrictions
+    def search(self) -> Search:
+        """What a translation model searches for when nothing is asked.
 
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Heads and width of each self-attention cache (`plmcc.runtime.Programs`)."""
-        return [(heads, width) for heads, width in self.manifest.shapes]
+        Raises:
+            PlmccError: the export does not translate.
+        """
+        return self._translator().search
 
-    def encode(self, source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
-        """Read the source (`plmcc.runtime.Programs`)."""
-        return self._encode([source_BS, mask_BS])
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Run an encoder.
 
-    def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
-        """Read one target token in each beam (`plmcc.runtime.Programs`)."""
-        size = candidates if candidates == 1 else min(s for s in self._steps if s >= candidates)
-        return self._steps[size](inputs)
+        Args:
+            input_ids: token ids `[batch, length]` (whole numbers).
+            attention_mask: 1 for a token, 0 for padding, of the same shape; default all tokens.
+            token_type_ids: which text a token belongs to, of the same shape; default the first.
+
+        Returns:
+            `last_hidden_state` `[batch, length, width]`, or the `logits`, or `start_logits` and
+            `end_logits` of the model's head, by name.
+
+        Raises:
+            PlmccError: too many tokens or rows, none or unknown ones, inputs of other shapes, or
+                the export is of a translation model.
+        """
+        if self._run is None:
+            cure = "call `generate`"
+            raise error("PLM502", "this is a translation model", self.manifest.name, cure=cure)
+        self._check_ids(input_ids)
+        given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        default = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+        inputs = [input_ids]
+        for port in self.manifest.inputs[1:]:
+            name, value = port["name"], given[port["name"]]
+            inputs.append(default[name](input_ids) if value is None else value)
+            self._check_like(name, inputs[-1], input_ids, port["values"])
+        self._check_size(*input_ids.shape)
+        return self._outputs(self._run, inputs)
+
+    def _outputs(self, run: Run, inputs: list[Tensor]) -> dict[str, Tensor]:
+        least = self.manifest.dimensions["length"][0] or 1
+        home, length = inputs[0].device, inputs[0].shape[1]
+        # Lengths of one token are another case for torch.export.
+        missing = max(0, least - length)
+        placed = [x.to(self.manifest.device, torch.long) for x in inputs]
+        found = run([functional.pad(x, (0, missing)).contiguous() for x in placed])
+        outputs = {}
+        for port, value in zip(self.manifest.outputs, found, strict=True):
+            by_token = missing and port["shape"][1:2] == ["length"]
+            outputs[port["name"]] = (value[:, :length] if by_token else value).to(home)
+        return outputs
 
     def generate(
         self,
@@ -154,34 +123,40 @@ class Exported:
             Token ids `[batch, length]` from the start token on: those of the model's `generate`.
 
         Raises:
-            PlmccError: too many tokens, none or unknown ones, a mask of another shape, or more
-                beams than the export has programs for.
+            PlmccError: too many tokens, none or unknown ones, a mask of another shape, more beams
+                than the export has programs for, or the export is of an encoder.
         """
+        programs = self._translator()
         given: dict[str, Any] = {
             "num_beams": num_beams,
             "max_length": None if max_new_tokens is None else max_new_tokens + 1,
             "length_penalty": length_penalty,
             "early_stopping": early_stopping,
         }
-        search = replace(self.search, **{k: v for k, v in given.items() if v is not None})
+        search = replace(programs.search, **{k: v for k, v in given.items() if v is not None})
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        self._check_ids(input_ids, attention_mask)
-        self._check(input_ids.shape[1], search)
+        self._check_ids(input_ids)
+        self._check_like("attention_mask", attention_mask, input_ids, 2)
+        self._check_search(input_ids.shape[1], search)
+        programs.check(search)
         device = self.manifest.device
         source, mask = (x.to(device, torch.long) for x in (input_ids, attention_mask))
-        return translate(self, source, mask, search).to(input_ids.device)
+        return translate(programs, source, mask, search).to(input_ids.device)
 
-    def _check_ids(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+    def _translator(self) -> ExportedSearch:
+        if self._programs is None:
+            outputs = listing([port["name"] for port in self.manifest.outputs])
+            cure = f"call the export itself: it returns {outputs}"
+            raise error("PLM502", "this model does not translate", self.manifest.name, cure=cure)
+        return self._programs
+
+    def _check_ids(self, input_ids: Tensor) -> None:
         """Programs trust their inputs: one token out of range would end the process."""
-        size, masked = (list(x.shape) for x in (input_ids, attention_mask))
-        if len(size) != 2 or input_ids.dtype.is_floating_point:
-            given = f"{input_ids.dtype} {size}"
+        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point:
+            given = f"{input_ids.dtype} {list(input_ids.shape)}"
             allowed = "whole numbers [batch, length]"
             raise error("PLM302", "these are no token ids", given=given, allowed=allowed)
-        if masked != size:
-            message = "the mask has another shape than the token ids"
-            raise error("PLM302", message, given=str(masked), allowed=str(size))
         vocabulary = self.manifest.vocabulary
         if not in_range(input_ids, vocabulary):
             given = f"{input_ids.min()} to {input_ids.max()}" if input_ids.numel() else "none"
@@ -189,7 +164,23 @@ class Exported:
             cure = "use the tokenizer of the export"
             raise error("PLM302", message, given=given, allowed=allowed, cure=cure)
 
-    def _check(self, length: int, search: Search) -> None:
+    def _check_like(self, name: str, value: Tensor, input_ids: Tensor, values: int) -> None:
+        if value.shape != input_ids.shape:
+            message = f"`{name}` has another shape than the token ids"
+            given, allowed = str(list(value.shape)), str(list(input_ids.shape))
+            raise error("PLM302", message, given=given, allowed=allowed)
+        if not in_range(value, values):
+            given, allowed = f"{value.min()} to {value.max()}", f"0 to {values - 1}"
+            raise error("PLM302", f"`{name}` is out of range", given=given, allowed=allowed)
+
+    def _check_size(self, batch: int, length: int) -> None:
+        for name, size in (("batch", batch), ("length", length)):
+            limit = self.manifest.dimensions[name][1]
+            if limit is not None and size > limit:
+                message = f"the {name} is larger than the program can take"
+                raise error("PLM302", message, given=str(size), allowed=f"at most {limit}")
+
+    def _check_search(self, length: int, search: Search) -> None:
         for option, asked in (
             ("num_beams", search.num_beams),
             ("max_new_tokens", search.max_length - 1),
@@ -202,32 +193,3 @@ class Exported:
             if limit is not None and size > limit:
                 given, allowed = f"{size} tokens", f"{limit} tokens"
                 raise error("PLM302", f"the {what} is too long", given=given, allowed=allowed)
-        if search.candidates not in self.manifest.steps and (
-            search.candidates == 1 or search.candidates > max(self.manifest.steps)
-        ):
-            message = f"the export has no program for {search.num_beams} beams"
-            raise error("PLM502", message, cure="export the model with that --beam")
-
-
-def _load(file: Path, device: str, replayed: bool) -> Run:
-    if not file.is_file():
-        cure = "export the model again"
-        raise error("PLM402", "a program of the export is missing", str(file), cure=cure)
-    try:
-        return load(file, device, replayed)
-    except RuntimeError as problem:
-        raise _broken(file, problem) from None
-
-
-def _broken(file: Path, problem: RuntimeError) -> PlmccError:
-    line = (str(problem).strip() or "damaged").splitlines()[0]
-    return error("PLM402", f"a program of the export cannot be loaded: {line}", str(file))
-
-
-def _minor(version: str) -> list[str]:
-    return version.split("+")[0].split(".")[:2]
-
-
-def _runs(code: str, here: str) -> bool:
-    known = code in _CAPABILITIES and here in _CAPABILITIES
-    return known and _CAPABILITIES.index(code) <= _CAPABILITIES.index(here)

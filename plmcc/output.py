@@ -11,10 +11,11 @@ import torch
 
 from plmcc.diagnostics import error
 from plmcc.export import export_model
+from plmcc.export_targets import TARGETS
 from plmcc.recipe import Recipe
 from plmcc.report import write_documents
 from plmcc.size import check_file
-from plmcc.source import Source
+from plmcc.source import Source, load_source
 from plmcc.tensors import writing
 from plmcc.verify import in_fresh_process, record
 
@@ -63,14 +64,23 @@ def write(recipe: Recipe, source: Source, result: Result, target: Path) -> None:
             save(source, result, draft)
             check_file(draft, result.bytes_after)
             result.reload_difference = in_fresh_process(draft)
-            if recipe.lower is not None and "aoti" in recipe.lower.to:
-                beams = max((figure.num_beams for figure in recipe.evaluate), default=_BEAMS)
-                export_model(result.model, source.tokenizer, draft / "aoti", num_beams=beams)
+            _export(recipe, draft)
             write_documents(recipe, source, result, draft)
             _put(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     result.folder = target
+
+
+def _export(recipe: Recipe, draft: Path) -> None:
+    """Write the programs that a recipe asks for, from the artifact as it is on disk."""
+    wanted = [to for to in recipe.lower.to if to in TARGETS] if recipe.lower is not None else []
+    if not wanted:
+        return
+    written = load_source(draft)
+    beams = max((figure.num_beams for figure in recipe.evaluate), default=_BEAMS)
+    for to in wanted:
+        export_model(written.model, written.tokenizer, draft / to, to, num_beams=beams, base=draft)
 
 
 def _put(draft: Path, target: Path) -> None:

@@ -267,13 +267,13 @@ class Evaluate(Node):
 class Lower(Node):
     """What the finished model is compiled to."""
 
-    to: list[Literal["compile", "aoti"]] = Field(default_factory=list)
-    """The targets. `compile`: latency is measured through torch.compile. `aoti`: the result has a
-    folder `aoti` as `plmcc export` writes it (translation models)."""
+    to: list[Literal["compile", "aoti", "onnx", "executorch"]] = Field(default_factory=list)
+    """The targets. `compile`: latency is measured through torch.compile. Each of the others: the
+    result has a folder of that name as `plmcc export` writes it."""
     quantize: Literal["int8", "int4", "int8_dynamic"] | None = None
     """Round the linear layers that remain, as the pass `quantized_linears` with this scheme."""
     dynamic: bool = True
-    """Compile for any batch size and length; `aoti` always does."""
+    """Compile for any batch size and length; exports always are."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Lower:

@@ -16,7 +16,7 @@ from plmcc.diagnostics import Diagnostic, PlmccError, error
 
 LOCK = "plmcc.lock.json"
 _OWN = "sha256"
-_CODE = (".safetensors", ".bin", ".pt", ".pth", ".pt2", ".py", ".pkl", ".so")
+_CODE = (".safetensors", ".bin", ".pt", ".pth", ".pt2", ".py", ".pkl", ".so", ".onnx", ".pte")
 """Endings of files that something could load by itself: none may be beside the recorded ones."""
 _CURE = "write the artifact again; if it was changed on purpose, remove plmcc.lock.json"
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from plmcc.diagnostics import error
-from plmcc.exported import MANIFEST, Exported
+from plmcc.exported import Exported
+from plmcc.manifest import is_export
 
 # Batches read ahead: sorting more lines by length wastes less on padding, but results come later.
 _BATCHES_IN_CHUNK = 16
@@ -117,9 +118,9 @@ def load_translator(name: str, device: str = "auto", compiled: bool = False) -> 
     Raises:
         PlmccError: it cannot be loaded, is no translation model, or comes without a tokenizer.
     """
-    if (Path(name) / MANIFEST).exists():
+    if is_export(Path(name)):
         return _exported(Path(name), device)
-    from plmcc.export import check_translates, default_length
+    from plmcc.export_translation import check_translates, default_length
     from plmcc.lower import compile as lower
     from plmcc.programs import positions_of
     from plmcc.source import load_source

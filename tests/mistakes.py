@@ -161,7 +161,7 @@ MISTAKES = [
     body("evaluate: [{metric: §acuracy, data: a}]\n", "PLM105", "did you mean `accuracy`?"),
     body("evaluate: [§{metric: f1}]\n", "PLM102", "add `data: ...`"),
     body("lower: {to: §compile}\n", "PLM103", "write [compile]"),
-    body("lower: {to: [compile, §onnx]}\n", "PLM105", "'compile'"),
+    body("lower: {to: [compile, §onx]}\n", "PLM105", "did you mean `onnx`?"),
     body("lower: §{to: []}\n", "PLM108", "add `to: [compile]` or `quantize`"),
     body("lower: {to: [compile], dynamic: §off}\n", "PLM103", "write false"),
     # what a search varies

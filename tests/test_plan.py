@@ -223,13 +223,13 @@ WRONG = {
     ),
     "nothing to train": ("passes: [movement_pruning]\n", "PLM303"),
     "not for this model": ("passes: [compressed_attention]\n", "PLM203"),
-    "lower": (CODES + "lower: {to: [aoti]}\n", "PLM303"),
+    "lower": (CODES + "lower: {to: [compile, aoti]}\n", "PLM401"),
 }
 
 
 @pytest.mark.parametrize(("text", "code"), WRONG.values(), ids=WRONG)
 def test_problems_have_a_place_and_an_exit_code(text: str, code: str, tmp_path: Path) -> None:
-    folder = outline_of("bert", tmp_path)
+    folder = outline_of("gpt2" if "lower" in text else "bert", tmp_path)
     file = tmp_path / "recipe.yaml"
     file.write_text("plmcc: 1\n" + text)
     done = run("plan", file, folder)

@@ -437,7 +437,7 @@ def test_shipped_recipes(file: Path) -> None:
         HEAD + "train: {}",
         HEAD + "train: {data: {train: a}, arguments: {num_train_epoch: 1}}",
         HEAD + "train: {data: {train: a}, arguments: {max_steps: x}}",
-        HEAD + "lower: {to: [onnx]}",
+        HEAD + "lower: {to: [tvm]}",
         "plmcc: 1\npasses: [nope]",
         "plmcc: 1\npasses: [compositional_codes: {codeboks: 1}]",
         "plmcc: 1\npasses: [compositional_codes: {codebooks: 0}]",

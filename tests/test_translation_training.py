@@ -151,14 +151,14 @@ def test_a_recipe_ends_with_an_export(texts: Path, tmp_path: Path) -> None:
     assert torch.equal(found, generator.generate(ids, **settings))
 
 
-def test_only_translation_goes_to_aoti() -> None:
+def test_what_writes_text_alone_goes_to_no_runtime() -> None:
     recipe = parse_recipe(
         "plmcc: 1\npasses: [{compositional_codes: {codebooks: 2, codewords: 4}}]\n"
         "lower: {to: [aoti]}\n",
         real=True,
     )
-    with pytest.raises(PlmccError, match=r"PLM303.*only translation models go to aoti"):
-        plmcc.apply(recipe, tiny("bert"))
+    with pytest.raises(PlmccError, match="PLM401: GPT2LMHeadModel does not go to aoti"):
+        plmcc.apply(recipe, tiny("gpt2"))
 
 
 def test_the_recipe_of_a_new_model_reads_back(texts: Path) -> None:
