@@ -258,9 +258,31 @@ def _spread(values: list[float], unit: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
+def export(rows: list[dict[str, Any]]) -> str:
+    """Time relative to onnxruntime on the original, by batch and length."""
+    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
+    head = ("", "file", *(f"{batch} x {length}" for batch, length in shapes))
+    found = {(row["system"], row["batch"], row["length"]): row for row in rows}
+    return markdown(
+        head,
+        [
+            (
+                name,
+                f"{found[name, *shapes[0]]['bytes'] / 1e6:.1f} MB",
+                *(
+                    f"x{found[name, *at]['ratio']:.2f} ± {found[name, *at]['spread']:.2f}"
+                    for at in shapes
+                ),
+            )
+            for name in dict.fromkeys(row["system"] for row in rows)
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "codes_initialisation": codes_initialisation,
     "embeddings": embeddings,
+    "export": export,
     "joint_attention": joint_attention,
     "minilm_codes": minilm_codes,
     "pruning": pruning,
