@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from plmcc.diagnostics import error
+from plmcc.diagnostics import PlmccError, error
 
 if TYPE_CHECKING:
     from plmcc.vector_codes import Codes
@@ -54,7 +55,7 @@ Measure = Annotated[
 @app.command()
 def nearest(
     file: File,
-    query: Annotated[str, typer.Argument(help="A word, or an analogy: man:king::woman:?")],
+    query: Annotated[str, typer.Argument(help="A word, or an analogy: good:better::small:?")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many words.")] = 10,
     by: Measure = None,
     words: Words = None,
@@ -65,11 +66,11 @@ def nearest(
 
     asked = analogy(query)
     vectors = _loaded(file, words, skip, by)
-    found = (
-        vectors.most_similar(query, topn=top)
-        if asked is None
-        else vectors.most_similar([asked[1], asked[2]], [asked[0]], top)
-    )
+    plus, minus = ([query], []) if asked is None else ([asked[1], asked[2]], [asked[0]])
+    try:
+        found = vectors.most_similar(plus, minus, top)
+    except PlmccError as problem:  # a word is not there: say where
+        raise PlmccError(*(replace(d, place=str(file)) for d in problem.diagnostics)) from None
     for word, similarity in found:
         typer.echo(f"{similarity:.4f}\t{word}")
 

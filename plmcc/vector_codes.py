@@ -120,7 +120,8 @@ def read_codes(file: Path, broken: Broken = "refuse") -> Codes:
             message = (
                 "this is no file of binary codes: it begins with the numbers of words and bits"
             )
-            raise error("PLM301", message, f"{file}:1")
+            cure = "compare vectors by the cosine, or compress them by `binary_embedding`"
+            raise error("PLM301", message, f"{file}:1", cure=cure)
         first = stream.readline()
     count, bits = header
     width = max(0, len(first.split()) - 1)

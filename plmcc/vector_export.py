@@ -98,6 +98,7 @@ def _write(file: Path, header: tuple[int, int], words: list[str], rows: Iterable
     """Write beside the place, then rename: a file that is there is whole."""
     opener: Callable[..., IO[bytes]] = gzip.open if file.suffix == ".gz" else open  # type: ignore[assignment]
     beside = file.with_name(f".{file.name}.{os.getpid()}")
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with opener(beside, "wb") as stream:
             stream.write(b"%d %d\n" % header)

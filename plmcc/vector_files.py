@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,8 +61,9 @@ class Lines:
         problem = ""
         if row is None or len(row) != width:
             many = f"{0 if row is None else len(row)} {self.unit}s"
-            found = f"something that is no {self.unit}" if row is None else many
-            problem = f"`{word[:40]}` has {found}, and the first line {width}"
+            problem = f"`{word[:40]}` has {many}, and the first line {width}"
+            if row is None:
+                problem = f"`{word[:40]}` has something that is no {self.unit}"
         elif not np.isfinite(row).all():
             problem = f"`{word[:40]}` has a value that is not finite"
         elif not word:
@@ -90,7 +92,9 @@ class Lines:
             return ()
         more = len(self.skipped) - _SHOWN
         tail = (f"... and {more} more",) if more > 0 else ()
-        head = f"{len(self.skipped)} broken lines of {self.file} are left out"
+        count = len(self.skipped)
+        many = "1 broken line" if count == 1 else f"{count} broken lines"
+        head = f"{many} of {self.file} left out"
         return (head, *self.skipped[:_SHOWN], *tail)
 
 
@@ -154,13 +158,16 @@ def open_file(file: Path) -> IO[bytes]:
 
 def _text(state: Lines) -> Table:
     with open_file(state.file) as stream:
-        first = stream.readline().rstrip()
+        first = stream.readline().removeprefix(BOM_UTF8).rstrip()
         header = header_of(first)
         width = header[1] if header else len(first.split(b" ")) - 1
         count = header[0] if header else 1 + _line_count(stream)
+    if width < 1 and state.file.stat().st_size == 0:
+        raise error("PLM301", "the file is empty", str(state.file))
     if width < 1:
         message = "the first line is neither a header nor a word with its numbers"
-        raise error("PLM301", message, f"{state.file}:1", given=first[:60].decode(errors="replace"))
+        raise error("PLM301", message, f"{state.file}:1", given=first[:60].decode(errors="replace"),
+                    cure="separate the word and its numbers by spaces")  # fmt: skip
     if header and count * width > 1e11:
         raise error("PLM301", f"the header claims {count} x {width} numbers", f"{state.file}:1")
     table = np.empty((min(count, rows_at_most(state.file, width)), width), dtype=np.float32)
@@ -169,7 +176,7 @@ def _text(state: Lines) -> Table:
         for number, line in enumerate(stream, 1):
             if (header and number == 1) or not line.strip():
                 continue
-            raw, row = _split(line, width)
+            raw, row = _split(line.removeprefix(BOM_UTF8) if number == 1 else line, width)
             if len(state.words) == len(table):
                 table = np.concatenate([table, np.empty_like(table[: max(1, len(table) // 8)])])
             if state.add(number, raw, row, width):
@@ -206,7 +213,8 @@ def _split(line: bytes, width: int) -> tuple[bytes, Table | None]:
     """Split a line from its end: a word may hold spaces."""
     raw, *numbers = line.rstrip(b" \r\n").rsplit(b" ", width)
     try:
-        row = np.array(numbers, dtype=np.float32) if numbers else np.empty(0, np.float32)
+        with np.errstate(over="ignore"):  # an infinite value is refused with its line
+            row = np.array(numbers, dtype=np.float32) if numbers else np.empty(0, np.float32)
     except ValueError:
         row = None
     extra = raw.split(b" ")
@@ -259,13 +267,15 @@ def _arrays(file: Path, words: Path | None, state: Lines) -> Table:
     loaded = np.load(file, allow_pickle=False, mmap_mode="r")
     if loaded.ndim != 2 or loaded.dtype.kind != "f":
         given = f"{loaded.dtype} of shape {loaded.shape}"
-        raise error("PLM301", "the array is no table of numbers", str(file), given=given)
+        message = "the array is no table of floating-point numbers"
+        raise error("PLM301", message, str(file), given=given, allowed="a row for each word")
     beside = [file.with_suffix(suffix) for suffix in _WORDS] + [file.with_name("vocab.txt")]
     found = words or next((path for path in beside if path.exists()), None)
     if found is None:
         cure = f"name it, or put {beside[0].name} beside it, one word a line"
         raise error("PLM301", "there is no file with the words", str(file), cure=cure)
-    names = list(_names(found))
+    with reading(found):
+        names = list(_names(found))
     if len(names) != len(loaded):
         given = f"{len(names)} words, {len(loaded)} rows"
         raise error("PLM301", "words and rows do not match", str(found), given=given)

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from plmcc.diagnostics import error
 from plmcc.lexicon import Lexicon
 from plmcc.vector_codes import Codes, holds_codes, read_codes
-from plmcc.vector_files import Broken, Table, is_number, read
+from plmcc.vector_files import Broken, Table, is_number, kind_of, read
 
 By = Literal["cosine", "hamming"]
 
@@ -75,6 +75,9 @@ def load(
             what `by` asks for.
     """
     file = Path(file)
+    if words is not None and kind_of(file) != ".npy":
+        message, cure = "a file of words goes with a .npy file", "leave `words` out"
+        raise error("PLM502", message, str(file), given=str(words), cure=cure)
     if file.is_dir():
         from plmcc import vectors_model  # torch and transformers take seconds
 
@@ -189,23 +192,28 @@ def evaluate(vectors: Lexicon, file: str | Path) -> Score:
     rows = _rows(file)
     known = {word.lower(): word for word in reversed(vectors.index_to_key)}
     known.update({word: word for word in vectors.index_to_key})
-    if all(len(row) == 4 for row in rows):
-        return _analogies(vectors, file.stem, rows, known)
+    if all(len(row) == 4 for _, row in rows):
+        return _analogies(vectors, file, [row for _, row in rows], known)
     return _similarities(vectors, file, rows, known)
 
 
-def _rows(file: Path) -> list[list[str]]:
+def _rows(file: Path) -> list[tuple[int, list[str]]]:
+    """Return the rows with their line numbers."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise error("PLM301", "there is no such file", str(file)) from None
     except (OSError, UnicodeDecodeError) as problem:
         raise error("PLM301", f"it cannot be read: {problem}", str(file)) from None
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith((":", "#"))]
-    rows = [line.replace(",", " ").replace(";", " ").split() for line in lines]
-    if rows and len(rows[0]) >= 3 and not is_number(rows[0][2]) and len(rows[0]) != 4:
+    rows = [
+        (number, line.replace(",", " ").replace(";", " ").split())
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip() and not line.startswith((":", "#"))
+    ]
+    first = rows[0][1] if rows else []
+    if len(first) >= 3 and not is_number(first[2]) and len(first) != 4:
         rows = rows[1:]  # a header
-    if not rows or any(len(row) < 3 for row in rows):
+    if not rows or any(len(row) < 3 for _, row in rows):
         message = "this is neither pairs of words with a similarity nor analogies of four words"
         raise error("PLM301", message, str(file))
     return rows
@@ -217,10 +225,10 @@ def _found(words: Sequence[str], known: Mapping[str, str]) -> list[str] | None:
 
 
 def _similarities(
-    vectors: Lexicon, file: Path, rows: list[list[str]], known: Mapping[str, str]
+    vectors: Lexicon, file: Path, rows: list[tuple[int, list[str]]], known: Mapping[str, str]
 ) -> Score:
     ours, theirs = [], []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         if not is_number(row[2]):
             given = " ".join(row)
             raise error("PLM301", "the third column is no number", f"{file}:{number}", given=given)
@@ -230,19 +238,23 @@ def _similarities(
             theirs.append(float(row[2]))
     if len(ours) < 2:
         raise error("PLM301", "fewer than two of its pairs have vectors", str(file))
+    if len(set(ours)) == 1 or len(set(theirs)) == 1:
+        whose = "its own" if len(set(theirs)) == 1 else "the vectors'"
+        message = f"there is no order to compare: all {len(ours)} of {whose} similarities are equal"
+        raise error("PLM301", message, str(file))
     rho = 100 * float(spearmanr(ours, theirs).statistic)
     return Score(file.stem, "similarity", rho, len(ours), 100 * (1 - len(ours) / len(rows)))
 
 
 def _analogies(
-    vectors: Lexicon, name: str, rows: list[list[str]], known: Mapping[str, str]
+    vectors: Lexicon, file: Path, rows: list[list[str]], known: Mapping[str, str]
 ) -> Score:
     """3CosAdd, the three given words excluded."""
     found = [words for row in rows if (words := _found(row, known)) is not None]
     if not found:
-        raise error("PLM301", "none of its analogies has vectors for all words", name)
+        raise error("PLM301", "none of its analogies has vectors for all words", str(file))
     index = vectors.key_to_index
     ids = np.array([[index[word] for word in words] for words in found])
     right = int((vectors.completions(ids[:, :3]) == ids[:, 3]).sum())
     share = 100 * (1 - len(found) / len(rows))
-    return Score(name, "analogy", 100 * right / len(found), len(found), share)
+    return Score(file.stem, "analogy", 100 * right / len(found), len(found), share)

@@ -158,7 +158,7 @@ def test_broken_lines_have_their_number(kind: str, tmp_path: Path) -> None:
     if "words" not in kind:
         found = vectors.load(file, broken="skip", by=None)
         assert list(found) == ["king", "y"]
-        assert found.notes[0].startswith("1 broken lines")
+        assert found.notes[0].startswith("1 broken line")
 
 
 def test_what_is_no_file_of_codes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ FILES: dict[str, bytes] = {
     "word2vec.txt": text(True),
     "glove.txt": text(False),
     "windows.vec": text(True, "\r\n"),
+    "marked.txt": BOM_UTF8 + text(False),
     "trailing.vec": text(True, " \n"),
     "word2vec.bin": binary(),
     "plain.bin": binary(b""),
@@ -82,7 +84,7 @@ def test_arrays_with_words_beside_them(dtype: Any, tmp_path: Path) -> None:
     with pytest.raises(PlmccError, match="6 words, 7 rows"):
         vectors.load(tmp_path / "table.npy", words=tmp_path / "names")
     np.save(tmp_path / "table.npy", TABLE[0])
-    with pytest.raises(PlmccError, match="no table of numbers"):
+    with pytest.raises(PlmccError, match="no table of floating-point numbers"):
         vectors.load(tmp_path / "table.npy")
 
 
@@ -91,6 +93,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "too many": (b"x 1.0 2.0 3.0 4.0 5.0 6.0\n", "`x` has 6 numbers"),
     "no number": (b"x 1 2 three 4 5\n", "something that is no number"),
     "not a number": (b"x 1 2 nan 4 5\n", "not finite"),
+    "too large": (b"x 1 2 1e40 4 5\n", "not finite"),
     "twice": (b"man 1 2 3 4 5\n", "`man` is there already"),
     "bytes": (b"\xff\xfe 1 2 3 4 5\n", "not UTF-8"),
 }
@@ -112,14 +115,14 @@ def test_broken_lines_have_their_number(kind: str, header: bool, tmp_path: Path)
     found = vectors.load(file, broken="skip")
     assert found.index_to_key == WORDS
     assert np.array_equal(found.vectors, TABLE)
-    assert found.notes[0].startswith("1 broken lines")
+    assert found.notes[0].startswith("1 broken line")
     assert found.notes[1].startswith("line 5: ")
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.txt", b"", "neither a header nor a word"),
+        ("a.txt", b"", "the file is empty"),
         ("a.txt", b"8 5\n" + text(False), "promises 8 words, and there are 7"),
         ("a.txt", b"99999999999 300\nx 1\n", "the header claims"),
         ("a.txt", b"word\n", "neither a header nor a word"),
@@ -139,6 +142,15 @@ def test_damaged_files_are_refused(name: str, data: bytes, message: str, tmp_pat
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(PlmccError, match="there is no such file"):
         vectors.load("nowhere.txt")
+
+
+def test_words_are_for_arrays(tmp_path: Path) -> None:
+    (tmp_path / "glove.txt").write_bytes(text(False))
+    with pytest.raises(PlmccError, match=r"goes with a \.npy file"):
+        vectors.load(tmp_path / "glove.txt", words=tmp_path / "names")
+    np.save(tmp_path / "table.npy", TABLE)
+    with pytest.raises(PlmccError, match=r"names: error PLM301: there is no such file"):
+        vectors.load(tmp_path / "table.npy", words=tmp_path / "names")
 
 
 @pytest.mark.parametrize("header", [False, True])
@@ -196,7 +208,11 @@ def test_evaluation(tmp_path: Path) -> None:
     questions.write_text(": family\nman king woman queen\nking man queen woman\nman king x queen\n")
     score = vectors.evaluate(small(), questions)
     assert (score.kind, score.score, score.used) == ("analogy", 100.0, 2)
-    for wrong, message in (("a b\n", "neither"), ("king queen x 3\nking man 5\n", "no number")):
+    for wrong, message in (
+        ("a b\n", "neither"),
+        ("# x\n\nking queen x 3\nking man 5\n", "pairs.csv:3: .*no number"),
+        ("king queen 3\nking man 3\n", "no order to compare"),
+    ):
         pairs.write_text(wrong)
         with pytest.raises(PlmccError, match=message):
             vectors.evaluate(small(), pairs)
@@ -283,7 +299,10 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "50.00" in done.stdout
     file.write_bytes(text(False) + b"x 1\n")
     done = run("nearest", file, "king", "--skip-broken")
-    assert (done.returncode, "note: 1 broken lines" in done.stderr) == (0, True)
+    assert (done.returncode, "note: 1 broken line" in done.stderr) == (0, True)
+    done = run("nearest", file, "kin", "--skip-broken")
+    assert f"{file}: error PLM301: `kin` has no vector" in done.stderr
+    assert "good:better::small:?" in run("nearest", "--help").stdout  # `:woman:` is a picture
     for arguments in (("nearest", file, "king"), ("nearest", "none.txt", "x")):
         done = run(*arguments)
         assert done.returncode == 1
