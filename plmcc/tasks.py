@@ -53,6 +53,7 @@ WINDOWED = (question_answering.TASK, token_classification.TASK)
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 """Makes a batch of encoded rows."""
 LABELS = ("labels", "start_positions", "end_positions")
+_DRAWS = 100
 """What a batch holds for the task's own loss."""
 
 
@@ -239,7 +240,11 @@ class Masking:
         text = repr([list(row["input_ids"]) for row in rows])
         key = f"{self.seed} {self.epoch} {text}".encode()
         self.mask.generator = torch.Generator().manual_seed(zlib.crc32(key))
-        return self.mask(rows)  # type: ignore[no-any-return]
+        for _ in range(_DRAWS):
+            batch: dict[str, Tensor] = self.mask(rows)
+            if (batch["labels"] != -100).any():
+                break  # else the loss would be a mean over nothing: in short texts that happens
+        return batch
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

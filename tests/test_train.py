@@ -566,6 +566,13 @@ def test_classification_learns_its_labels(tmp_path: Path) -> None:
     assert torch.equal(predicted, batch["labels"])
 
 
+def test_a_token_of_every_batch_is_masked() -> None:
+    """The loss of a batch without any would be a mean over nothing, and end the training."""
+    collate = collator("fill-mask", words())
+    for row in sentences(100):
+        assert (collate([row])["labels"] != -100).any()
+
+
 @pytest.mark.parametrize(("task", "name"), [("fill-mask", "bert"), ("text-generation", "gpt2")])
 def test_language_models_learn_from_text_alone(tmp_path: Path, task: str, name: str) -> None:
     rows = [{"text": "w1 w2 w3 w4 w5 w6 w7 w8 w9"}] * 8
