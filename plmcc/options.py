@@ -25,7 +25,8 @@ class Pass(BaseModel):
 
     A subclass is frozen and refuses unknown options. `targets` says where it applies (an alias such
     as `input_embeddings`, a glob, `re:<regex>` or `class:<Name>`), `expect` how many sites it must
-    find.
+    find. A validator of several options begins its message with the one at fault, in backticks:
+    the recipe is marked there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -106,7 +106,18 @@ def _locate(details: ErrorDetails, data: Any) -> _Found:
             branch = True
     if details["type"] == "plmcc":
         path += details["ctx"]["at"]
+    elif details["type"] == "value_error" and isinstance(data, dict):
+        path += [key for key in data if _is_about(details["msg"], key)]
     return _Found(tuple(path), key or details["type"] in _UNKNOWN, branch, details)
+
+
+def _is_about(message: str, key: Any) -> bool:
+    """Whether the message of a validator of a whole mapping begins with a key, in backticks."""
+    return _words(message).startswith((f"`{key}`", f"`{key}: "))
+
+
+def _words(message: str) -> str:
+    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
 def _inside(data: Any, step: str | int) -> str | int | None:
@@ -215,8 +226,9 @@ def _bad_value(group: Sequence[_Found], path: Steps) -> tuple[str, str, str, str
         cure = "begin with a letter or digit; then letters, digits, `.`, `_` and `-`"
         cure = cure if path[-1] == "name" else ""
         return "PLM107", f"{name} has characters that are not allowed", context["pattern"], cure
-    words = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return "PLM107", f"{name} is not valid: {words}", "", ""
+    words = _words(details["msg"])
+    about = bool(path) and _is_about(words, path[-1])
+    return "PLM107", words if about else f"{name} is not valid: {words}", "", ""
 
 
 def _mismatch(kind: str) -> tuple[str, str]:

@@ -126,6 +126,7 @@ MISTAKES = [
     option("codewords: §65537", "PLM104", "at most 65536"),
     option("learning_rate: §0", "PLM104", "more than 0"),
     option("initialisation: §papr", "PLM105", "did you mean `paper`?"),
+    option("{initialisation: product, beam: §4}", "PLM107"),
     option("targets: §5", "PLM103", "text or a list"),
     option("targets: [a, §5]", "PLM103", 'quote it: "5"'),
     option("expect: §many", "PLM103", "a whole number"),
