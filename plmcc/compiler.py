@@ -289,7 +289,7 @@ def prepare(recipe: Recipe, source: Source, base: Path | None, result: Result, s
 
 
 def check_lower(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Check that the result can be compiled and exported as asked.
+    """Check that the result can be compiled, exported and rounded as asked.
 
     Raises:
         PlmccError: it cannot, or what that needs is not installed.
@@ -302,6 +302,13 @@ def check_lower(recipe: Recipe, model: PreTrainedModel) -> None:
         except PlmccError as problem:
             place = recipe.place(("lower", "to", index))
             raise PlmccError(*(replace(d, place=place) for d in problem.diagnostics)) from None
+    if recipe.lower is not None and recipe.lower.quantize is not None:
+        own = quantization(recipe.lower.quantize).passes[0]
+        for chosen in (one for stage in recipe.steps() for one in stage.passes):
+            if type(chosen) is type(own) and chosen.targets == own.targets:
+                message = "`quantized_linears` leaves no linear layer that is not rounded"
+                raise error("PLM303", message, recipe.place(("lower", "quantize")),
+                            given=recipe.lower.quantize, cure="keep one of the two")  # fmt: skip
 
 
 def check_trained(recipe: Recipe) -> None:

@@ -204,7 +204,7 @@ def _checked(made: Plan, check: Any) -> None:
     try:
         check()
     except PlmccError as problem:
-        made.problems += problem.diagnostics
+        made.problems += [d for d in problem.diagnostics if d not in made.problems]
 
 
 def _figures(figures: dict[str, float]) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from plmcc import catalog
 from plmcc.api import Hard, Layout, Miss, Objective, Pass, Site, Soft
-from plmcc.diagnostics import Place, PlmccError, error
+from plmcc.diagnostics import Place, PlmccError, error, listing
 from plmcc.layers import remain_layer
 from plmcc.program import Program
 
@@ -163,7 +163,7 @@ def match_pass(program: Program, chosen: Pass, place: Place | str) -> tuple[list
         results = list(chosen.match(program))
     except PlmccError as problem:
         done = [path for path, part in program.model.named_modules() if isinstance(part, Hard)]
-        cure = f"{', '.join(done)}: rewritten before, and gone as a target" if done else ""
+        cure = f"{listing(done, 3)}: rewritten before, and gone as a target" if done else ""
         found = [replace(d, place=place, cure=cure or d.cure) for d in problem.diagnostics]
         raise PlmccError(*found) from None
     sites = [result for result in results if isinstance(result, Site)]

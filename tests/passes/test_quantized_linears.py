@@ -131,6 +131,15 @@ def test_a_recipe_ends_with_it_and_the_result_loads_without_torchao(
     assert float(difference) < 1e-3 * float(expected.abs().max())
 
 
+def test_nothing_is_rounded_twice() -> None:
+    text = "plmcc: 1\npasses: [quantized_linears]\nlower: {quantize: int8}\n"
+    with pytest.raises(PlmccError, match=r":3:19: error PLM303: .*leaves no linear layer"):
+        plmcc.apply(parse_recipe(text, real=True), tiny("bert"))
+    some = text.replace("[quantized_linears]", "[quantized_linears: {targets: '*query'}]")
+    found = plmcc.apply(parse_recipe(some, real=True), tiny("bert"))
+    assert len(found.sites) == 13
+
+
 def test_the_report_counts_the_smaller_layers(tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "m")
     recipe = parse_recipe("plmcc: 1\npasses: [quantized_linears]\n", real=True)
