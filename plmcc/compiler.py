@@ -154,11 +154,7 @@ def source_of(
     if isinstance(name, Scratch):
         return new_source(recipe, base)
     set_seed(recipe.seed)  # a head that the checkpoint lacks is random
-    source = load_source(name, recipe.task, head_shown(recipe, base))
-    if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
-        source.model.float()
-        source.notes += ("its float16 weights are trained, and saved, in float32",)
-    return source
+    return load_source(name, recipe.task, head_shown(recipe, base))
 
 
 def run(
@@ -181,6 +177,7 @@ def run(
     set_seed(recipe.seed)
     model = source.model.eval()
     result, given = Result(model, base=base), Inventory.of(model)
+    widen(recipe, source)
     check_lower(recipe, model)
     check_trained(recipe)
     rows = evaluation_rows(recipe, source, base)
@@ -286,6 +283,13 @@ def prepare(recipe: Recipe, source: Source, base: Path | None, result: Result, s
             result.seconds[f"{name}.prepare"] = round(time.perf_counter() - start, 3)
             record = {"pass": name, "paths": ["tokenizer"], "figures": figures, "layout": {}}
             result.sites.append(record)
+
+
+def widen(recipe: Recipe, source: Source) -> None:
+    """Put float16 weights that are trained into float32, whose range the gradients need."""
+    if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
+        source.model.float()
+        source.notes += ("its float16 weights are trained, and saved, in float32",)
 
 
 def check_lower(recipe: Recipe, model: PreTrainedModel) -> None:

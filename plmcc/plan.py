@@ -24,6 +24,7 @@ from plmcc.compiler import (
     prepare,
     prepares,
     quantization,
+    widen,
 )
 from plmcc.cost import Cost, cost
 from plmcc.deploy import Target, targets
@@ -33,7 +34,7 @@ from plmcc.program import Program
 from plmcc.recipe import Recipe, Scratch
 from plmcc.rewrite import claim, match_pass, splice
 from plmcc.scratch import new_source
-from plmcc.size import module_bytes
+from plmcc.size import component_bytes, module_bytes
 from plmcc.source import Source, load_source
 from plmcc.training_memory import Extra, Memory, training_memory
 
@@ -132,9 +133,6 @@ def outlined(recipe: Recipe, name: str | None, base: Path | None = None) -> Sour
         note = ""
     source = load_source(model, recipe.task, head, meta=True)
     source.notes += (note,) if note else ()
-    if source.model.dtype is torch.float16 and any(step.train for step in recipe.steps()):
-        source.model.float()
-        source.notes += ("its float16 weights are trained, and saved, in float32",)
     return source
 
 
@@ -159,7 +157,8 @@ def plan(
     model = source.model
     made = Plan(recipe.name, source.name, type(model).__name__, source.task,
                 str(model.dtype).removeprefix("torch."), cost(model, run=not brief))  # fmt: skip
-    original = made.before.bytes
+    widen(recipe, source)
+    original = sum(component_bytes(model).values())
     _checked(made, lambda: check_lower(recipe, model))
     _checked(made, lambda: check_trained(recipe))
     rewritten: list[tuple[str, str, str]] = []

@@ -139,10 +139,12 @@ def _speed_words(result: Result) -> str:
         return "Latency was not measured (add `evaluate` or `lower` to the recipe)."
     faster = [row for row in result.latency if row.ratio + row.spread < 0.97]
     slower = [row for row in result.latency if row.ratio - row.spread > 1.03]
+    smaller = sum(result.bytes_after.values()) < sum(result.bytes_before.values())
+    instead = ": this model is smaller, not faster." if smaller else "."
     if slower:
-        return "Somewhat slower than the original: this model is smaller, not faster."
+        return f"Somewhat slower than the original{instead}"
     if not faster:
-        return "No speed-up: this model is smaller, not faster."
+        return f"No speed-up{instead}"
     best = min(faster, key=lambda row: row.ratio)
     return f"Up to {1 / best.ratio:.2f} times as fast (batch {best.batch}, {best.mode})."
 
@@ -157,13 +159,11 @@ def _component_rows(result: Result) -> list[tuple[str, int, int]]:
 
 
 def _factor(before: int, after: int) -> str:
-    return (
-        f"{before / after:.2f}x smaller"
-        if after and before > after
-        else "same"
-        if before == after
-        else "larger"
-    )
+    if before == after:
+        return "same"
+    if after and before > after:
+        return f"{before / after:.2f}x smaller"
+    return f"{after / before:.2f}x larger" if before else "new"
 
 
 def _mib(count: int) -> str:

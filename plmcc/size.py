@@ -22,12 +22,13 @@ class Inventory:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Inventory:
-        """Take it. A tensor that several modules share counts once, for the first of them.
+        """Take it. A tensor that several modules share counts once, for the first of them, or the
+        first embedding table: some models hold their head before what it is tied to.
         Non-persistent buffers do not count: they are not in a file."""
         modules = list(model.named_modules())
         tables = {path for path, module in modules if isinstance(module, nn.Embedding)}
         stacks = {path for path, module in modules if isinstance(module, nn.ModuleList)}
-        sizes = {name: value.nbytes for name, value in _tensors(model).items()}
+        sizes = {name: value.nbytes for name, value in _tensors(model, tables).items()}
         return cls(sizes, (*sorted(tables), *sorted(stacks, key=len)))
 
     def by_component(self, rewritten: Iterable[str] = ()) -> dict[str, int]:
@@ -76,13 +77,14 @@ def check_file(folder: Path, expected: dict[str, int]) -> None:
         raise error("PLM402", "the weight file does not hold the model", str(folder), given=given)
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def _tensors(model: PreTrainedModel, tables: set[str]) -> dict[str, Tensor]:
     # transformers does not write what the model computes by itself, such as sinusoidal positions.
     unwritten = set(model._keys_to_ignore_on_save or ())
-    seen: set[int] = set()
-    found: dict[str, Tensor] = {}
+    found: dict[int, tuple[str, Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in seen and name not in unwritten:
-            seen.add(id(value))
-            found[name] = value
-    return found
+        if name in unwritten:
+            continue
+        first = found.setdefault(id(value), (name, value))[0]
+        if name.rpartition(".")[0] in tables and first.rpartition(".")[0] not in tables:
+            found[id(value)] = (name, value)
+    return dict(found.values())

@@ -12,7 +12,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from tiny import tiny
-from transformers import BertForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
 from words import words
 
 import plmcc
@@ -22,6 +26,8 @@ from plmcc.page import page
 from plmcc.passes.drop_layers import DropLayers
 from plmcc.passes.movement_pruning import MovementPruning
 from plmcc.pictures import Pictured, curves
+from plmcc.plan import plan
+from plmcc.size import component_bytes
 from plmcc.source import load_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
@@ -247,3 +253,29 @@ def test_figures_leave_training_as_it_was(method: Any, data: Path) -> None:
         source = load_source(data / "bert")
         weights.append(plmcc.Pipeline([pruning], train)(source).get_parameter("classifier.weight"))
     assert torch.equal(*weights)
+
+
+def test_a_float16_model_is_counted_as_it_was_given(data: Path) -> None:
+    """It is trained, and saved, in float32: a result may well be larger."""
+    config: Any = tiny("bert").config
+    half = BertForSequenceClassification(config).half()
+    half.save_pretrained(data / "half")
+    words().save_pretrained(data / "half")
+    given = sum(component_bytes(half).values())
+    train = Train(data=Data(train=str(data / "rows.tsv")), arguments={"max_steps": 1})
+    recipe = Recipe(passes=[DropLayers(targets="encoder", keep=1)], train=train)
+    result = plmcc.apply(recipe, data / "half")
+    assert result.model.dtype is torch.float32
+    assert sum(result.bytes_before.values()) == given
+    made = plan(recipe, str(data / "half"))
+    assert made.before.bytes == given
+    assert made.stages[0].after is not None
+    assert made.stages[0].after.bytes == sum(result.bytes_after.values()) > given
+
+
+def test_a_tied_table_is_counted_where_it_is_looked_up() -> None:
+    """XLM-R has its head before its table."""
+    config = XLMRobertaConfig(vocab_size=99, hidden_size=8, num_hidden_layers=1,
+                              num_attention_heads=2, intermediate_size=8)  # fmt: skip
+    sizes = component_bytes(XLMRobertaForMaskedLM(config))
+    assert sizes["roberta.embeddings.word_embeddings"] == 99 * 8 * 4
