@@ -91,6 +91,10 @@ class PruneVocabulary(Pass):
         if values is None or kind not in KINDS:
             raise error("PLM303", "this kind of tokenizer cannot be cut", given=kind,
                         allowed=", ".join(KINDS), cure="use a fast tokenizer")  # fmt: skip
+        if kind == "WordLevel" and values["model"]["unk_token"] not in values["model"]["vocab"]:
+            message = "a tokenizer of whole words without an unknown one cannot read text"
+            cure = "leave words out of the file itself"
+            raise error("PLM303", message, given=source.name, cure=cure)
         counts, seen = self._count(source, base)
         size = len(counts)
         table = source.model.get_input_embeddings()

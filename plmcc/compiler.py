@@ -449,7 +449,7 @@ def _announce(recipe: Recipe, source: Source, matched: rewrite.Matched, say: Say
     say(
         f"recipe {recipe.name} on {source.name} ({type(source.model).__name__}, task {source.task})"
     )
-    for note in source.notes:
+    for note in dict.fromkeys(source.notes):  # stages may say the same
         say(f"  note: {note}")
     if recipe.search is not None:
         say("  note: `search` is for `plmcc search`; the values stand as they are in the recipe")

@@ -122,7 +122,8 @@ def _proposals(scope: Scope) -> list[Proposal]:
         pattern = "re:" + key.replace(".", r"\.") if "\\d+" in key else site.path
         groups[pattern] = groups.get(pattern, 0) + 1
     found += [Proposal(pattern, scope.kind, count) for pattern, count in groups.items()]
-    return [proposal for proposal in found if proposal.sites]
+    # The table of word vectors is called as the alias is.
+    return [proposal for proposal in dict.fromkeys(found) if proposal.sites]
 
 
 def _count(scope: Scope, pattern: str) -> int:

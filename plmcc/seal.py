@@ -59,7 +59,9 @@ def read(folder: Path) -> dict[str, Any]:
         raw = file.read_bytes()
         values = json.loads(raw.decode("utf-8"))
     except FileNotFoundError:
-        message = "there is no plmcc.lock.json: nothing says what the files should be"
+        message = "there is no such directory"
+        if folder.is_dir():
+            message = "there is no plmcc.lock.json: nothing says what the files should be"
         raise error(
             "PLM402", message, str(folder), cure="name a directory that plmcc wrote"
         ) from None

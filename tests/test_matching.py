@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_plan import outline_of, run
 from tiny import NAMES, tiny
@@ -10,6 +11,8 @@ from tiny import NAMES, tiny
 from plmcc.diagnostics import PlmccError
 from plmcc.matching import Found, find
 from plmcc.program import Program
+from plmcc.vectors import Vectors
+from plmcc.vectors_model import model_of
 
 
 def paths(found: Found) -> list[tuple[str, str]]:
@@ -43,6 +46,12 @@ def test_every_proposal_hits_as_many_sites_as_it_says(name: str) -> None:
     for proposal in found.proposals:
         sites = program.resolve(proposal.pattern, proposal.kind).sites
         assert len(sites) == proposal.sites, proposal
+
+
+def test_a_path_that_is_an_alias_is_proposed_once() -> None:
+    model, _ = model_of(Vectors(["a", "b"], np.eye(2, dtype=np.float32)))
+    proposed = [proposal.pattern for proposal in find(model).proposals]
+    assert sorted(proposed) == ["embeddings", "input_embeddings"]
 
 
 def test_what_cannot_be_rewritten_says_why() -> None:

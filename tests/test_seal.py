@@ -114,6 +114,9 @@ def test_what_is_missing_or_added_has_a_sentence(
     change(folder)
     with pytest.raises(PlmccError) as found:
         prove(folder)
+    if not folder.exists():
+        with pytest.raises(PlmccError, match=said):
+            seal.check(folder)
     assert said in " ".join(found.value.render().split())
 
 

@@ -315,6 +315,9 @@ def test_bad_input_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     few = source_of("bert")
     few.model.resize_token_embeddings(50)
     assert "rows" in refused(few, RECIPE, checkpoint)
+    (tmp_path / "vectors.txt").write_text("a 1 2\nb 3 4\n")
+    vectors = load_source(str(tmp_path / "vectors.txt"), "")
+    assert "cannot read text" in refused(vectors, RECIPE, checkpoint)
     with pytest.raises(PlmccError, match="to `plmcc apply`"):
         match(source_of("bert").model, [PruneVocabulary(text="x")])
 
