@@ -134,6 +134,7 @@ def apply(
     from plmcc import ranks
     from plmcc.compiler import apply as apply_recipe
     from plmcc.report import print_summary
+    from plmcc.stages import folder_of
     from plmcc.terminal import calm
 
     calm()
@@ -143,7 +144,12 @@ def apply(
     for line in cli_plan.short(loaded, model, recipe.parent):
         say(line)
     chosen: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "base": recipe.parent}
-    result = apply_recipe(loaded, given, output, **chosen, say=say)
+    try:
+        result = apply_recipe(loaded, given, output, **chosen, say=say)
+    except KeyboardInterrupt:
+        if folder_of(output).exists() and ranks.first():
+            typer.echo("the same command with --resume goes on from here", err=True)
+        raise
     if ranks.first():
         print_summary(result, Console())
     say(f"written to {output}; a fresh process reloaded it with the same outputs")

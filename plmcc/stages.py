@@ -118,7 +118,7 @@ def prepare(output: Path, resume: bool, overwrite: bool) -> None:
     """Empty the folder of the stages, unless they are to be used again.
 
     Raises:
-        PlmccError: an earlier run was cut off, and nothing says what to do with its work.
+        PlmccError: an earlier run has left its work, and nothing says what to do with its work.
     """
     folder = folder_of(output)
     for left in (
@@ -130,7 +130,7 @@ def prepare(output: Path, resume: bool, overwrite: bool) -> None:
         return
     if not overwrite and any(folder.iterdir()):
         cure = "add --resume to go on with it, or --overwrite to begin again"
-        raise error("PLM503", "an earlier run was cut off, and its work is here", str(folder),
+        raise error("PLM503", "here is the work of an earlier run", str(folder),
                     cure=cure)  # fmt: skip
     shutil.rmtree(folder)
 

@@ -13,7 +13,7 @@ import pytest
 from tiny import tiny
 from words import words
 
-from plmcc import compiler
+from plmcc import cli, compiler
 from plmcc.diagnostics import PlmccError
 from plmcc.recipe import load_recipe
 from plmcc.stages import folder_of
@@ -120,6 +120,21 @@ def test_other_weights_and_other_data_find_nothing_again(model: Path) -> None:
     other.base_model.embeddings.LayerNorm.bias.data += 1  # type: ignore[union-attr, operator]
     other.save_pretrained(model)
     assert again(apply(model, text, resume=True, overwrite=True)) == []
+
+
+def test_who_interrupts_hears_of_resuming(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = model.parent / "recipe.yaml", model.parent / "out"
+    file.write_text(STAGES)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("plmcc.compiler.write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.apply(file, str(model), out)
+    assert "the same command with --resume goes on from here" in capsys.readouterr().err
 
 
 def test_what_was_cut_off_is_not_thrown_away_unasked(model: Path, tmp_path: Path) -> None:
