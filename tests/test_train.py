@@ -643,7 +643,7 @@ def test_labels_outside_the_range_name_the_row(tmp_path: Path, label: object) ->
 
 def test_similarity_labels_are_numbers(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [{"text_a": "w1", "text_b": "w2", "label": "much"}])
-    with pytest.raises(PlmccError, match="not a number"):
+    with pytest.raises(PlmccError, match="is no number"):
         encode(rows, "sentence-similarity", words(), 32, 0)
 
 

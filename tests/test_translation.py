@@ -125,7 +125,10 @@ def test_batches_by_tokens_hold_every_row_once_and_keep_the_bound() -> None:
         {"input_ids": [[5] * n for n in lengths], "labels": [[5] * (n // 2 + 1) for n in lengths]}
     )
     sampler = TokenBatches(rows, 20, seed=1)
-    epochs = [list(sampler) for _ in range(3)]
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
     for batches in epochs:
         assert len(batches) == len(sampler)
         assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
