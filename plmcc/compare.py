@@ -123,9 +123,12 @@ def comparison(
     """Return a comparison by the metric that goes with the recipes' task, if none is given.
 
     Raises:
-        PlmccError: the model cannot be loaded.
+        PlmccError: the model cannot be loaded, or word vectors are to have a metric.
     """
     if is_vectors(Path(model)):  # there is nothing to train them on
+        if metric is not None:
+            message = "word vectors are judged as by `plmcc vectors evaluate`: no metric is chosen"
+            raise error("PLM502", message, "--metric", given=metric, cure="leave it out")
         recipes = [(name, _untrained(recipe)) for name, recipe in recipes]
         return Comparison(recipes, model, data, "score", base)
     if metric is None:

@@ -198,3 +198,5 @@ def test_word_vectors_are_judged_by_word_similarity(folder: Path) -> None:
     assert [r["table_bytes"] for r in values["rows"]] == [300 * 64, 300 + 2 * 8 * 64]
     assert not any(r["trained"] for r in values["rows"])
     assert values["rows"][0]["figures"] != values["rows"][1]["figures"]
+    done = run(folder, *given, "--metric", "bleu")
+    assert (done.returncode, "no metric is chosen" in done.stderr) == (1, True)
