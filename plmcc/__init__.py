@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plmcc.api import Hard, Miss, Objective, Pass, Site, Soft
-    from plmcc.compiler import Pipeline, Result, apply
+    from plmcc.compiler import Pipeline, apply
     from plmcc.diagnostics import PlmccError
     from plmcc.exported import Exported
     from plmcc.lower import compile, load
     from plmcc.program import Program
     from plmcc.recipe import Data, Distill, Evaluate, Lower, Recipe, Stage, Train, load_recipe
+    from plmcc.result import Result
 
 _NAMES = {
     "plmcc.api": ("Hard", "Miss", "Objective", "Pass", "Site", "Soft"),
-    "plmcc.compiler": ("Pipeline", "Result", "apply"),
+    "plmcc.compiler": ("Pipeline", "apply"),
+    "plmcc.result": ("Result",),
     "plmcc.diagnostics": ("PlmccError",),
     "plmcc.exported": ("Exported",),
     "plmcc.lower": ("compile", "load"),

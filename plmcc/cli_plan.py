@@ -126,9 +126,9 @@ def short(recipe: Recipe, model: str | None, base: Path) -> list[str]:
 
     What is wrong is left to `apply`, which looks at the weights too.
     """
-    from plmcc.compiler import prepares
     from plmcc.plan import plan as make
     from plmcc.plan_view import short_lines
+    from plmcc.preparing import prepares
     from plmcc.recipe import Scratch
     from plmcc.source import is_vectors
 

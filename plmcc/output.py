@@ -20,7 +20,7 @@ from plmcc.tensors import writing
 from plmcc.verify import in_fresh_process, record
 
 if TYPE_CHECKING:
-    from plmcc.compiler import Result
+    from plmcc.result import Result
 
 _BEAMS = 4  # the most that an export can be asked for, where no figure says how many
 

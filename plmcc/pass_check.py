@@ -13,8 +13,8 @@ from typing import Any
 
 from plmcc import contract, pass_contract
 from plmcc.api import Pass
-from plmcc.compiler import prepares
 from plmcc.diagnostics import Diagnostic, PlmccError, error
+from plmcc.preparing import prepares
 from plmcc.recipe import parse_recipe
 from plmcc.tiny import inputs, prompt, tiny
 from plmcc.trial import Verdict

@@ -17,21 +17,14 @@ from transformers import PreTrainedModel
 
 from plmcc import catalog
 from plmcc.api import Miss, Pass, Planned, Site
-from plmcc.compiler import (
-    Result,
-    check_lower,
-    check_trained,
-    prepare,
-    prepares,
-    quantization,
-    widen,
-)
 from plmcc.cost import Cost, cost
 from plmcc.deploy import Target, targets
 from plmcc.diagnostics import Diagnostic, Place, PlmccError, error
 from plmcc.lessons import head_shown
+from plmcc.preparing import check_lower, check_trained, prepare, prepares, quantization, widen
 from plmcc.program import Program
 from plmcc.recipe import Recipe, Scratch
+from plmcc.result import Result
 from plmcc.rewrite import claim, match_pass, splice
 from plmcc.scratch import new_source
 from plmcc.size import component_bytes, module_bytes

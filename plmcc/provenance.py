@@ -26,7 +26,7 @@ from plmcc.source import Source, folder_digests, is_vectors
 from plmcc.tensors import unique_tensors
 
 if TYPE_CHECKING:
-    from plmcc.compiler import Result
+    from plmcc.result import Result
 
 _LIBRARIES = (
     "plmcc",

@@ -18,7 +18,7 @@ from plmcc.source import Source, write_json
 from plmcc.tasks import auto_class
 
 if TYPE_CHECKING:
-    from plmcc.compiler import Result
+    from plmcc.result import Result
 
 
 def report(recipe: Recipe, source: Source, result: Result) -> dict[str, Any]:

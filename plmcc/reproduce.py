@@ -10,10 +10,11 @@ from typing import Any
 from safetensors.torch import load_file
 
 from plmcc import seal
-from plmcc.compiler import Result, apply
+from plmcc.compiler import apply
 from plmcc.diagnostics import PlmccError, error
 from plmcc.provenance import base_digests, code_digest, data_digests, hardware, versions
 from plmcc.recipe import Recipe, load_recipe
+from plmcc.result import Result
 from plmcc.source import load_source
 
 

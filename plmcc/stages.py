@@ -33,7 +33,7 @@ from plmcc.tensors import load_tensors, save_tensors, writing
 from plmcc.train import Lesson
 
 if TYPE_CHECKING:
-    from plmcc.compiler import Result
+    from plmcc.result import Result
 
 _DONE, _TENSORS = "stage.json", "model.safetensors"
 _KEPT = ("sites", "misses", "training", "seconds", "digests")

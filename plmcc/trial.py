@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from plmcc import contract, random_text
-from plmcc.compiler import Result, run
+from plmcc.compiler import run
 from plmcc.diagnostics import PlmccError
 from plmcc.plan import outlined
 from plmcc.probes import probe_inputs
 from plmcc.recipe import Evaluate, Lower, Recipe, Stage, Train
 from plmcc.recipe_parts import Synthetic
+from plmcc.result import Result
 from plmcc.source import Source
 from plmcc.twin import twin_of
 

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from plmcc import catalog
 from plmcc.bench import measure
-from plmcc.compiler import figures, prepares, run, source_of
+from plmcc.compiler import figures, run, source_of
 from plmcc.data import data_files
 from plmcc.diagnostics import PlmccError
 from plmcc.goal import Goal, lower_is_better
 from plmcc.lessons import evaluation_rows
 from plmcc.plan import plan
+from plmcc.preparing import prepares
 from plmcc.provenance import named_data
 from plmcc.recipe import Lower, Recipe
 from plmcc.size import component_bytes
