@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plmcc import question_answering, token_classification
 from plmcc.data import Rows, check_class_labels
 from plmcc.diagnostics import Place, error
+from plmcc.extras import library
 from plmcc.tasks import Pooling, classes_of, collator, encode, last_states, padding, task_of
-from plmcc.translation import extra, generated
+from plmcc.translation import generated
 from plmcc.windows import Inputs, by_length
 
 _BATCH = 64
@@ -116,8 +117,8 @@ class Evaluator:
         if not self.model.config.is_encoder_decoder:
             raise error("PLM303", f"{metric} needs a translation model", "evaluate",
                         given=type(self.model).__name__)  # fmt: skip
-        library = extra("sacrebleu")
-        compute = library.corpus_bleu if metric == "bleu" else library.corpus_chrf
+        sacrebleu = library("sacrebleu", "eval", "this figure", "evaluate")
+        compute = sacrebleu.corpus_bleu if metric == "bleu" else sacrebleu.corpus_chrf
         return float(compute(self.translate(rows.texts(0)), [rows.texts(1)]).score)
 
     def embed(self, texts: list[str], model: PreTrainedModel | None = None) -> Tensor:

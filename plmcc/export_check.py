@@ -3,8 +3,6 @@ probes."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plmcc.diagnostics import PlmccError, error
+from plmcc.diagnostics import error
 from plmcc.export_encoder import OUTPUTS, Forward, example, longest
 from plmcc.exported import Exported
 from plmcc.manifest import Manifest
-from plmcc.verify import PROBES
+from plmcc.verify import PROBES, answer, fresh
 
 _SHAPES = ((2, 8), (1, 1), (5, 17), (1, 512))
 """Batch and length of the probes, cut where the model cannot read so much."""
@@ -95,16 +93,8 @@ def prove(folder: Path, rough: bool) -> Manifest:
     Raises:
         PlmccError: the program does not run there, or computes something else than the model.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "plmcc.export_check", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise error("PLM402", f"a fresh process cannot run the export: {reason}", folder.name)
-    difference, bound = float(done.stdout.split()[-1]), _ROUGH_BOUND if rough else _BOUND
+    difference = fresh("plmcc.export_check", folder, "cannot run the export")
+    bound = _ROUGH_BOUND if rough else _BOUND
     if not difference <= bound:
         message = f"the program differs by {difference:.3g} of its scale from the model"
         raise error("PLM402", message, folder.name, allowed=f"at most {bound:g}")
@@ -114,8 +104,4 @@ def prove(folder: Path, rough: bool) -> Manifest:
 
 
 if __name__ == "__main__":
-    try:
-        print(compare(Path(sys.argv[1])))
-    except PlmccError as problem:
-        print(" ".join(problem.render().split()), file=sys.stderr)
-        sys.exit(1)
+    answer(compare)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from torch import nn
 from transformers import PreTrainedModel
 
-from plmcc.diagnostics import error
+from plmcc.extras import library
 
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
@@ -23,15 +20,11 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         PlmccError: torchao is not installed.
     """
-    try:
-        library: Any = importlib.import_module("torchao.quantization")
-    except ImportError:
-        cure = "pip install torchao, or plmcc with the extra `quantize`"
-        raise error("PLM303", "int8 needs torchao", "quantize", cure=cure) from None
+    torchao = library("torchao.quantization", "quantize", "int8", "quantize")
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module.weight) in tables:
             copied = module.weight.detach().clone()
             module.weight = nn.Parameter(copied, requires_grad=False)
-    library.quantize_(model, library.Int8DynamicActivationInt8WeightConfig())
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
     return model

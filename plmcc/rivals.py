@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plmcc.diagnostics import error
+from plmcc.extras import library
 from plmcc.passes._tables import CompressedTable
 
 _FLOAT, _GROUP = 4, 32
+_NEEDED = ("a comparison without --no-rivals", "compare")
 _BEAM_BOOKS = 32
 """Code-books up to which residual quantisation searches with FAISS's own beam of 5: with more it
 takes minutes, and a beam of 1 costs a hundredth of the variance."""
@@ -144,14 +145,14 @@ def _factors(rank: int) -> Callable[[Tensor, dict[str, Any]], CompressedTable]:
 
 def _rounded(bits: int) -> Callable[[Tensor, dict[str, Any]], CompressedTable]:
     def make(table_VD: Tensor, layout: dict[str, Any]) -> CompressedTable:
-        library = _library("torchao.quantization", "torchao")
+        torchao = library("torchao.quantization", "compare", *_NEEDED)
         grains = importlib.import_module("torchao.quantization.granularity")
         holder = nn.Sequential(nn.Embedding.from_pretrained(table_VD.float().clone()))
-        config = library.IntxWeightOnlyConfig(
+        config = torchao.IntxWeightOnlyConfig(
             weight_dtype=getattr(torch, f"int{bits}"),
             granularity=grains.PerAxis(0) if bits == 8 else grains.PerGroup(_GROUP),
         )
-        library.quantize_(holder, config, filter_fn=lambda m, _: isinstance(m, nn.Embedding))
+        torchao.quantize_(holder, config, filter_fn=lambda m, _: isinstance(m, nn.Embedding))
         rounded: Any = holder[0].weight
         return ReadyTable(rounded.dequantize().detach().to(table_VD), **layout)
 
@@ -162,7 +163,7 @@ def _quantised(
     kind: str, books: int, bits: int
 ) -> Callable[[Tensor, dict[str, Any]], CompressedTable]:
     def make(table_VD: Tensor, layout: dict[str, Any]) -> CompressedTable:
-        faiss = _library("faiss", "faiss-cpu")
+        faiss = library("faiss", "compare", *_NEEDED, "faiss-cpu")
         faiss.omp_set_num_threads(torch.get_num_threads())
         values_VD = np.ascontiguousarray(table_VD.float().cpu().numpy())
         if kind == "product":
@@ -177,11 +178,3 @@ def _quantised(
         return ReadyTable(decoded_VD.to(table_VD), **layout)
 
     return make
-
-
-def _library(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        cure = f"pip install {package}, or plmcc with the extra `compare`; or --no-rivals"
-        raise error("PLM303", f"a comparison needs {package}", "compare", cure=cure) from None

@@ -5,15 +5,14 @@ Nothing here imports transformers.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from plmcc.diagnostics import error
 from plmcc.export_targets import PROGRAMS
+from plmcc.extras import library
 from plmcc.manifest import Manifest
 from plmcc.replay import Run, load
 
@@ -45,10 +44,10 @@ def open_aoti(file: Path, device: str, replayed: bool = False) -> Run:
 
 
 def _onnx(file: Path, manifest: Manifest) -> Run:
-    library = runtime("onnxruntime", "onnx", str(file))
-    options = library.SessionOptions()
+    onnxruntime = library("onnxruntime", "onnx", "this", str(file))
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = library.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [port["name"] for port in manifest.inputs]
     wanted = [port["name"] for port in manifest.outputs]
     taken = {port.name for port in session.get_inputs()}  # what the graph does not read is gone
@@ -61,8 +60,8 @@ def _onnx(file: Path, manifest: Manifest) -> Run:
 
 
 def _executorch(file: Path) -> Run:
-    library = runtime("executorch.runtime", "executorch", str(file))
-    program = library.Runtime.get().load_program(file)
+    executorch = library("executorch.runtime", "executorch", "this", str(file))
+    program = executorch.Runtime.get().load_program(file)
     method = program.load_method("forward")
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -70,17 +69,3 @@ def _executorch(file: Path) -> Run:
         return [found.clone() for found in method.execute(inputs)]
 
     return run
-
-
-def runtime(name: str, extra: str, place: str) -> Any:
-    """Import a library that belongs to an extra of plmcc.
-
-    Raises:
-        PlmccError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        cure = f"pip install {package}, or plmcc with the extra `{extra}`"
-        raise error("PLM303", f"this needs {package}", place, cure=cure) from None

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plmcc.data import Rows, data_files, existing, read_table, read_text
 from plmcc.diagnostics import Place, PlmccError, did_you_mean, error, listing
-from plmcc.translation import extra
+from plmcc.extras import library
 from plmcc.windows import Inputs, Window, need_offsets, windows
 
 TASK = "token-classification"
@@ -228,4 +228,8 @@ def entity_f1(
     # seqeval knows no missing label; a word that the tokenizer leaves out is in no entity.
     text = {index: name for name, index in names.items()} | {-1: "O"}
     lists = [[[text[label] for label in labels] for labels in part] for part in (truths, found)]
-    return float(extra("seqeval.metrics").f1_score(*lists, zero_division=0))
+    return float(
+        library("seqeval.metrics", "eval", "this figure", "evaluate").f1_score(
+            *lists, zero_division=0
+        )
+    )

@@ -28,22 +28,6 @@ _TOKENS = 2048  # source tokens of a batch, times beams
 _MANY = 2000  # sentences whose translation takes longer than compiling the model
 
 
-def extra(name: str) -> Any:
-    """Return a module that the extra `eval` brings.
-
-    Raises:
-        PlmccError: it is not installed.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        cure = f"pip install {package}, or plmcc with the extra `eval`"
-        raise error("PLM303", f"this figure needs {package}", "evaluate", cure=cure) from None
-
-
 @torch.no_grad()
 def generated(
     model: PreTrainedModel,

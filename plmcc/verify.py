@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from plmcc import seal
-from plmcc.diagnostics import error, listing
+from plmcc.diagnostics import PlmccError, error, listing
 from plmcc.probes import probe_inputs
 from plmcc.tasks import auto_class, task_of
 
@@ -186,21 +187,33 @@ def in_fresh_process(folder: Path) -> float:
     Raises:
         PlmccError: it fails there, with its reason.
     """
-    command = [sys.executable, "-m", "plmcc.verify", str(folder)]
+    return fresh("plmcc.verify", folder, "cannot reload the artifact")
+
+
+def fresh(module: str, folder: Path, failed: str) -> float:
+    """Return the number that a module prints for a folder in a new Python process.
+
+    Raises:
+        PlmccError: it has `failed` there, with its reason.
+    """
+    command = [sys.executable, "-m", module, str(folder)]
     # It is one process, also where this one has been launched with others.
     alone = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     if done.returncode != 0:
         reason = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise error("PLM402", f"a fresh process cannot reload the artifact: {reason}", str(folder))
+        raise error("PLM402", f"a fresh process {failed}: {reason}", str(folder))
     return float(done.stdout.split()[-1])
 
 
-if __name__ == "__main__":
-    from plmcc.diagnostics import PlmccError
-
+def answer(compute: Callable[[Path], float]) -> None:
+    """Be that process: print the number for the folder of the command line, or the reason."""
     try:
-        print(compare(Path(sys.argv[1])))
+        print(compute(Path(sys.argv[1])))
     except PlmccError as problem:
         print(" ".join(problem.render().split()), file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    answer(compare)
