@@ -23,7 +23,7 @@ from plmcc import ranks
 from plmcc.api import State
 from plmcc.source import write_json
 
-_COMPLETE = "complete"
+COMPLETE = "complete"
 _VALUES, _TENSORS = "objectives.json", "objectives.safetensors"
 _SECONDS = 300.0
 _SHARE = 0.05
@@ -64,13 +64,13 @@ class Timer(TrainerCallback):
 
 def finish(folder: Path) -> None:
     """Make a checkpoint count."""
-    (folder / _COMPLETE).touch()
+    (folder / COMPLETE).touch()
 
 
 def latest(folder: Path) -> Path | None:
     """Return the last checkpoint that is whole, if there is one, and remove those that are not."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda one: int(one.name.rpartition("-")[2]))
-    whole = [one for one in found if (one / _COMPLETE).exists()]
+    whole = [one for one in found if (one / COMPLETE).exists()]
     for one in found:
         if one not in whole:
             shutil.rmtree(one)

@@ -95,7 +95,12 @@ def apply(
     if ranks.first():
         stages.prepare(target, resume, overwrite)
     ranks.wait()
-    result = run(recipe, source, say, base, kept=kept)
+    try:
+        result = run(recipe, source, say, base, kept=kept)
+    except BaseException:
+        if ranks.first():
+            stages.tidy(kept)
+        raise
     if ranks.first():
         say("writing and verifying")
         write(recipe, source, result, target)

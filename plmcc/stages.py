@@ -22,7 +22,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
-from plmcc import rewrite
+from plmcc import checkpoints, rewrite
 from plmcc.api import Bars, Points
 from plmcc.diagnostics import error
 from plmcc.pictures import Pictured
@@ -128,11 +128,23 @@ def prepare(output: Path, resume: bool, overwrite: bool) -> None:
         shutil.rmtree(left, ignore_errors=True)  # drafts of a run that was killed
     if resume or not folder.exists():
         return
-    if not overwrite and any(folder.iterdir()):
+    if not overwrite and _worth_keeping(folder):
         cure = "add --resume to go on with it, or --overwrite to begin again"
         raise error("PLM503", "here is the work of an earlier run", str(folder),
                     cure=cure)  # fmt: skip
     shutil.rmtree(folder)
+
+
+def _worth_keeping(folder: Path) -> bool:
+    """Say whether there is a finished stage, or a whole checkpoint of one."""
+    kept = (*folder.glob(f"*/{_DONE}"), *folder.glob(f"*.training/*/{checkpoints.COMPLETE}"))
+    return bool(kept)
+
+
+def tidy(folder: Path) -> None:
+    """Leave nothing of a run that failed before it had anything to keep."""
+    if folder.exists() and not _worth_keeping(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def finish(folder: Path, recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from plmcc import checkpoints, ranks
-from plmcc.diagnostics import PlmccError, error
+from plmcc.diagnostics import PlmccError, error, out_of_memory
 from plmcc.distill import Distillation
 from plmcc.recipe import Train
 from plmcc.rewrite import Replacement
@@ -96,8 +96,10 @@ def _made(
             data_collator=lesson.collate,
             callbacks=callbacks,
         )
-    except (ValueError, TypeError, ImportError, ZeroDivisionError) as problem:
-        raise _refused(problem) from None
+    except (ValueError, TypeError, ImportError, ZeroDivisionError, RuntimeError) as problem:
+        if out_of_memory(problem):
+            raise
+        raise _refused(problem) from None  # a tracker that is not installed is a RuntimeError
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         message = "a model that is being rewritten has to be whole on every device"
         raise error("PLM303", message, "train.arguments", given="FSDP or DeepSpeed",

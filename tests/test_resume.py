@@ -6,6 +6,7 @@ import random
 import resource
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,21 @@ def test_what_was_cut_off_is_not_thrown_away_unasked(model: Path, tmp_path: Path
     assert caught.value.diagnostics[0].code == "PLM503"
     assert again(apply(model, STAGES, resume=True)) == ["one", "two"]
     assert again(apply(model, STAGES, overwrite=True)) == []
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(model: Path) -> None:
+    text = KILLED.replace("disable_tqdm: true", "disable_tqdm: true, report_to: nobody")
+    with pytest.raises(PlmccError, match="the trainer refuses its arguments"):
+        apply(model, text)
+    assert not folder_of(model.parent / "out").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_a_sentence(model: Path) -> None:
+    if find_spec("tensorboard") or find_spec("tensorboardX"):
+        pytest.skip("there is a tensorboard here")
+    text = KILLED.replace("disable_tqdm: true", "disable_tqdm: true, report_to: tensorboard")
+    with pytest.raises(PlmccError, match=r"refuses its arguments: .*requires tensorboard"):
+        apply(model, text)
 
 
 def test_a_single_stage_leaves_nothing_beside_its_result(model: Path) -> None:
