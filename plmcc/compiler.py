@@ -186,7 +186,8 @@ def run(
         set_seed(recipe.seed)  # a stage depends on nothing but what the one before it has left
         matched = matched if index == 0 else match_stage(recipe, model, index, shown)
         folder = None if work is None else work.training(index)
-        given_digest = "" if work is None else model_digest(model)
+        if work is not None:
+            given_digest = result.digests[-1]["output"] if result.digests else model_digest(model)
         run_stage(stage, matched, lessons.get(stage.name), result, say, steps, folder)
         if cached:
             check_cache(model, probe_inputs(model))

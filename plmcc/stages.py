@@ -177,7 +177,9 @@ def keys(recipe: Recipe, source: Source, lessons: Mapping[str, Lesson]) -> tuple
         ).encode()
     )
     steps, found = recipe.steps(), []
-    digests = {name: _lesson_digest(lesson) for name, lesson in lessons.items()}
+    teachers = {id(m): m for lesson in lessons.values() if (m := lesson.teacher) is not None}
+    taught = {key: model_digest(teacher) for key, teacher in teachers.items()}
+    digests = {name: _lesson_digest(one, taught) for name, one in lessons.items()}
     for index, stage in enumerate(steps):
         own = stage.model_dump(mode="json", exclude={"train": {"data"}})  # it counts as encoded
         so_far.update(json.dumps(own, sort_keys=True).encode())
@@ -192,7 +194,7 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _lesson_digest(lesson: Lesson) -> str:
-    teacher = "" if lesson.teacher is None else model_digest(lesson.teacher)
+def _lesson_digest(lesson: Lesson, teachers: Mapping[int, str]) -> str:
+    """Of the rows, and of the teacher; digests of teachers by the id of the model."""
     rows = [rows_digest(one) for one in (lesson.train, lesson.eval) if one is not None]
-    return " ".join([teacher, *rows])
+    return " ".join([teachers.get(id(lesson.teacher), ""), *rows])
