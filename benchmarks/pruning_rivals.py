@@ -12,9 +12,9 @@ from torch.nn.utils import prune
 from transformers import set_seed
 
 import plmcc
-from plmcc.lessons import lesson_of, with_teacher
-from plmcc.source import Source, load_source
-from plmcc.train import train
+from plmcc.models.source import Source, load_source
+from plmcc.pipeline.datasets import training_data_of, with_teacher
+from plmcc.training.loop import train
 
 PICKLED = "model.pt"
 
@@ -29,10 +29,9 @@ def tuned(recipe: plmcc.Recipe, source: Source) -> None:
     settings = recipe.steps()[0].train
     assert settings is not None
     set_seed(recipe.seed)
-    lesson = with_teacher(
-        lesson_of(recipe.steps()[0], recipe, source, None), settings, None, source
-    )
-    train(source.model, settings, lesson, [])
+    encoded, _ = training_data_of(recipe.steps()[0], recipe, source, None)
+    training_data = with_teacher(encoded, settings, None, source)
+    train(source.model, settings, training_data, [])
 
 
 def saved(source: Source, folder: Path) -> None:
@@ -78,12 +77,17 @@ def torch_pruning(recipe: plmcc.Recipe, dense: Path, folder: Path, part: float) 
     # The width of the states is left alone: only heads and neurons go.
     kept = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.LayerNorm, nn.Embedding))]
     pruner = library.pruner.BasePruner(
-        model, {"input_ids": torch.ones(1, 8, dtype=torch.long)},
-        importance=library.importance.GroupMagnitudeImportance(), pruning_ratio=1 - part,
-        num_heads=heads, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=1 - part,
+        model,
+        {"input_ids": torch.ones(1, 8, dtype=torch.long)},
+        importance=library.importance.GroupMagnitudeImportance(),
+        pruning_ratio=1 - part,
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=1 - part,
         ignored_layers=[m for m in kept if m not in wanted],
         output_transform=lambda output: output.logits.sum(),
-    )  # fmt: skip
+    )
     pruner.step()
     for layer in layers:
         attention = layer.attention.self

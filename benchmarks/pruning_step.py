@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from plmcc.ir.probes import probe_inputs
+from plmcc.models.source import load_source
 from plmcc.passes.movement_pruning import MovementPruning
-from plmcc.probes import probe_inputs
 from plmcc.rewrite import Replacement, match, replace_all
-from plmcc.source import load_source
 
 BATCH, LENGTH = 32, 64
 SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -27,7 +27,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 class Training:
-    """A model with its optimiser, stepped on the same batch."""
+    """A model with its optimizer, stepped on the same batch."""
 
     def __init__(self, model: Any, done: list[Replacement], compiled: bool) -> None:
         self.model, self.inputs = model.train(), probe_inputs(model, BATCH, LENGTH)
@@ -58,7 +58,7 @@ class Training:
         return time.perf_counter() - start
 
     def bytes(self) -> int:
-        """Return the memory of parameters, gradients and optimiser, after a step."""
+        """Return the memory of parameters, gradients and optimizer, after a step."""
         tensors = [t for p in self.model.parameters() for t in (p, p.grad) if t is not None]
         states = [v for s in self.optimizer.state.values() for v in s.values()]
         return sum(t.nbytes for t in [*tensors, *(v for v in states if torch.is_tensor(v))])
@@ -82,15 +82,19 @@ def _row(
     ratios = [after / before for before, after in zip(*times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {
-        "part": "step", "method": name, "granularity": options.get("granularity", "weight"),
-        "mode": "compiled" if compiled else "eager", "time_ratio": round(middle, 3),
-        "spread": round(high - low, 3), "dense_seconds": round(statistics.median(times[0]), 4),
+        "part": "step",
+        "method": name,
+        "granularity": options.get("granularity", "weight"),
+        "mode": "compiled" if compiled else "eager",
+        "time_ratio": round(middle, 3),
+        "spread": round(high - low, 3),
+        "dense_seconds": round(statistics.median(times[0]), 4),
         "memory_ratio": round(runs[1].bytes() / runs[0].bytes(), 3),
-    }  # fmt: skip
+    }
 
 
 def _in_turn(steps: list[Callable[[], float]], seconds: float) -> list[list[float]]:
-    for _ in range(2):  # compiling, and the optimiser's memory
+    for _ in range(2):  # compiling, and the optimizer's memory
         slowest = max(step() for step in steps)
     times: list[list[float]] = [[] for _ in steps]
     for turn in range(min(200, max(5, int(seconds / (2 * slowest + 1e-9))))):

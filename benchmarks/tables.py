@@ -1,6 +1,7 @@
-"""Write the README's tables from `benchmarks/results/*.json`; with `--check`, only compare.
+"""Write the tables and values of README and docs from `benchmarks/results/*.json`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`, a single value within a sentence
+between `<!-- value: NAME -->` and `<!-- /value -->`. With `--check`, only compare.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+VALUE = re.compile(r"(<!-- value: ([\w.]+) -->).*?(<!-- /value -->)", re.DOTALL)
+Row = dict[str, Any]
 
 
-def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def minilm_codes(rows: list[dict[str, Any]]) -> str:
+def minilm_codes(rows: list[Row]) -> str:
     head = ("", "table", "smaller", "STS-B dev", "STS-B test", "model file", "latency 1 / 32")
     return markdown(head, [_minilm_row(row) for row in rows])
 
@@ -42,7 +45,7 @@ def _minilm_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def codes_initialisation(rows: list[dict[str, Any]]) -> str:
+def codes_initialisation(rows: list[Row]) -> str:
     head = ("", "codes", "relative error", "mean distance", "seconds")
     return markdown(
         head,
@@ -59,17 +62,15 @@ def codes_initialisation(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def embeddings(rows: list[dict[str, Any]]) -> str:
-    """By size; the best on dev at each of them is what its test figure is read from."""
+def embeddings(rows: list[Row]) -> str:
+    """By size; the row to choose is the best on dev, and its test score is then read off."""
     head = ("", "settings", "table", "smaller", "model", "STS-B dev", "STS-B test")
     return markdown(
         head,
         [
             (
                 row["method"],
-                re.sub(r"\b[A-Z]\w+ ", "", row["settings"])
-                if row["kind"] == "recipe"
-                else row["settings"],
+                _settings(row),
                 f"{row['table_bytes'] / 1e6:.2f} MB",
                 f"{row['table_compression']:.1f}x",
                 f"{row['model_bytes'] / 1e6:.1f} MB",
@@ -79,6 +80,51 @@ def embeddings(rows: list[dict[str, Any]]) -> str:
             for row in rows
         ],
     )
+
+
+def _settings(row: Row) -> str:
+    """The options of a recipe's passes under their present names, without the passes' own."""
+    if row["kind"] != "recipe":
+        return str(row["settings"])
+    return re.sub(r"\b[A-Z]\w+ ", "", row["settings"]).replace("initialisation", "initialization")
+
+
+_METHODS = {
+    "binary_embedding": "binary codes",
+    "pruned_codes": "pruned vocabulary, codes",
+    "pruned_codes, int8 linears": "pruned vocabulary, codes, int8 linear layers",
+}
+
+
+def sizes(rows: list[Row]) -> str:
+    """The README's summary of `embeddings`: at each size, the recipe that is best on dev."""
+    head = ("", "table", "smaller", "model", "STS-B dev", "STS-B test")
+    return markdown(
+        head,
+        [
+            (
+                str(_METHODS.get(row["method"], row["method"])),
+                f"{row['table_bytes'] / 1e6:.2f} MB",
+                f"{row['table_compression']:.1f}x",
+                f"{row['model_bytes'] / 1e6:.1f} MB",
+                f"{row['stsb_dev']:.2f}",
+                f"{row['stsb_test']:.2f}",
+            )
+            for row in best_by_size(rows)
+        ],
+    )
+
+
+def best_by_size(rows: list[Row]) -> list[Row]:
+    """Return the original, the best recipe at each size, and the one with int8 linear layers."""
+    recipes = [row for row in rows if row["kind"] == "recipe"]
+    points = dict.fromkeys(row["point"] for row in recipes)
+    best_at = [
+        max((row for row in recipes if row["point"] == point), key=lambda row: row["stsb_dev"])
+        for point in points
+    ]
+    others = {kind: [r for r in rows if r["kind"] == kind] for kind in ("original", "combined")}
+    return [*others["original"], *best_at, *others["combined"]]
 
 
 FLOAT32 = ("eager", "compiled", "exported")
@@ -96,7 +142,7 @@ RATIOS = (
 )
 
 
-def translation(rows: list[dict[str, Any]]) -> str:
+def translation(rows: list[Row]) -> str:
     settings = list(dict.fromkeys((row["batch"], row["beam"]) for row in rows))
     systems = dict.fromkeys((row["system"], row["mode"]) for row in rows)
     found = {(r["system"], r["mode"], r["batch"], r["beam"]): r for r in rows}
@@ -120,10 +166,30 @@ def best(found: dict[Any, dict[str, Any]], which: tuple[str, tuple[str, ...]], a
     """Return the most tokens per second of a system in any of some modes."""
     system, modes = which
     rows = (found.get((system, mode, *at)) for mode in modes)
-    return max(row["tokens_per_second"] for row in rows if row is not None)
+    return max(float(row["tokens_per_second"]) for row in rows if row is not None)
 
 
-def joint_attention(rows: list[dict[str, Any]]) -> str:
+def low_rank(rows: list[Row]) -> str:
+    """Of each size, the weightings; the original first."""
+    head = ("kept", "weighting", "calibrated on", "model", "STS-B dev", "STS-B test")
+    first = rows[0]
+    scores = (f"{first['original_dev']:.2f}", f"{first['original_test']:.2f}")
+    lines = [("", "original", "", "", *scores)]
+    lines += [
+        (
+            f"{row['parameters']:.0%}",
+            row["weighting"],
+            row["calibration"],
+            f"{row['model_bytes'] / 1e6:.1f} MB",
+            f"{row['stsb_dev']:.2f}",
+            f"{row['stsb_test']:.2f}",
+        )
+        for row in rows
+    ]
+    return markdown(head, lines)
+
+
+def joint_attention(rows: list[Row]) -> str:
     names = list(dict.fromkeys(row["kernel"] for row in rows))
     keys = ("rows", "queries", "source", "target")
     shapes: dict[tuple[int, ...], dict[str, float]] = {}
@@ -140,9 +206,9 @@ def joint_attention(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def pruning(rows: list[dict[str, Any]]) -> str:
+def pruning(rows: list[Row]) -> str:
     keys = ("method", "granularity", "target", "distilled")
-    runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    runs: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.get("part") != "step":
             runs.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -173,7 +239,7 @@ WORK = {
 }
 
 
-def vectors_speed(rows: list[dict[str, Any]]) -> str:
+def vectors_speed(rows: list[Row]) -> str:
     head = ("large tables of 300 dimensions", "rows", "threads", "time", "peak memory")
     return markdown(
         head,
@@ -190,7 +256,7 @@ def vectors_speed(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def tied_head(rows: list[dict[str, Any]]) -> str:
+def tied_head(rows: list[Row]) -> str:
     tokens = list(dict.fromkeys(row["tokens"] for row in rows))
     found = {(row["head"], row["tokens"]): row for row in rows}
     head = ("head, time relative to the dense one", *(f"{n} tokens" for n in tokens), "weights")
@@ -211,7 +277,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
-def vectors(every: list[dict[str, Any]]) -> str:
+def vectors(every: list[Row]) -> str:
     rows = [row for row in every if "measure" not in row]
     speed = [row for row in every if "measure" in row]
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
@@ -234,7 +300,7 @@ def _number(target: Any) -> float:
     return float(found.group()) if found else 0.0
 
 
-def _pruning_row(run: tuple[Any, ...], rows: list[dict[str, Any]]) -> tuple[str, ...]:
+def _pruning_row(run: tuple[Any, ...], rows: list[Row]) -> tuple[str, ...]:
     method, granularity, target, distilled = run
     percent = f"{100 * target:g} %" if isinstance(target, float) else target or ""
     kept = [row["density"] for row in rows if row["density"] is not None]
@@ -258,7 +324,7 @@ def _spread(values: list[float], unit: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def export(rows: list[dict[str, Any]]) -> str:
+def export(rows: list[Row]) -> str:
     """Time relative to onnxruntime on the original, by batch and length."""
     shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
     head = ("", "file", *(f"{batch} x {length}" for batch, length in shapes))
@@ -279,40 +345,128 @@ def export(rows: list[dict[str, Any]]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+TABLES: dict[str, Callable[[list[Row]], str]] = {
     "codes_initialisation": codes_initialisation,
     "embeddings": embeddings,
     "export": export,
     "joint_attention": joint_attention,
+    "low_rank": low_rank,
     "minilm_codes": minilm_codes,
     "pruning": pruning,
     "tied_head": tied_head,
     "translation": translation,
     "vectors": vectors,
 }
+SUMMARIES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {"sizes": ("embeddings", sizes)}
+"""Short tables of the README, with the results that they are taken from."""
+
+
+# --- values in sentences
+
+
+def _one(name: str, **wanted: Any) -> Row:
+    """Return the only row of a result that has these values."""
+    [row] = [
+        row
+        for row in results(name)["rows"]
+        if all(row.get(key) == value for key, value in wanted.items())
+    ]
+    found: Row = row
+    return found
+
+
+def _megabytes(name: str, key: str) -> str:
+    return f"{_one(name, system='original')[key] / 1e6:.1f} MB"
+
+
+def _bleu(system: str) -> float:
+    return float(_one("translation", system=system, mode="exported", batch=1, beam=4)["bleu_test"])
+
+
+def _translation_speedup() -> str:
+    """The range, over batches and beams, of exported E relative to exported A."""
+    rows = [row for row in results("translation")["rows"] if row["mode"] == "exported"]
+    rate = {(r["system"], r["batch"], r["beam"]): r["tokens_per_second"] for r in rows}
+    settings = {key[1:] for key in rate}
+    ratios = [rate["E", *at] / rate["A", *at] for at in settings]
+    return f"{min(ratios):.1f} to {max(ratios):.1f} times"
+
+
+def _autoencoder_time() -> str:
+    """The range of the time of the paper's autoencoder relative to residual quantization."""
+    rows = results("codes_initialisation")["rows"]
+    seconds = {(r["initialisation"], r["codebooks"]): r["seconds"] for r in rows}
+    ratios = [
+        seconds["paper, 200 epochs", books] / seconds["residual, beam 8, 3 rounds", books]
+        for books in (32, 64)
+    ]
+    return f"{min(ratios):.0f} to {max(ratios):.0f} times"
+
+
+PRUNED = {"method": "MvP, quickly, refilled", "granularity": "hybrid"}
+VALUES: dict[str, Callable[[], str]] = {
+    "codes.autoencoder_time": _autoencoder_time,
+    "minilm.model": lambda: _megabytes("minilm_codes", "model_bytes"),
+    "minilm.table": lambda: _megabytes("minilm_codes", "table_bytes"),
+    "pruning.accuracy": lambda: f"{_one('pruning', **PRUNED)['accuracy']:.1f} %",
+    "pruning.dense": lambda: f"{_one('pruning', method='dense')['accuracy']:.1f} %",
+    "pruning.speedup": lambda: f"{_one('pruning', **PRUNED)['throughput_ratio']:.1f} times",
+    "pruning.torch_pruning": lambda: f"{_one('pruning', method='Torch-Pruning')['accuracy']:.1f} %",
+    "translation.bleu_loss": lambda: f"{_bleu('A') - _bleu('E'):.1f}",
+    "translation.speedup": _translation_speedup,
+}
+
+
+# --- files
+
+
+def results(name: str) -> dict[str, Any]:
+    """Return what `benchmarks/NAME.py` wrote."""
+    text = (ROOT / "benchmarks/results" / f"{name}.json").read_text("utf-8")
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def command(result: dict[str, Any]) -> str:
+    """Return the command behind a result; `data` is wherever the data sets are."""
+    return str(result["command"]).replace("../shared/data", "data")
 
 
 def filled(text: str) -> str:
+    """Return a page with its tables and values written anew."""
+
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
-        result = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text("utf-8"))
+        if name in SUMMARIES:
+            source, render = SUMMARIES[name]
+            return match.group(1) + render(results(source)["rows"]) + match.group(3)
+        result = results(name)
         threads, torch = result["hardware"]["threads"], result["versions"]["torch"]
-        facts = f"{threads} threads, seeds {result['seeds']}, torch {torch}"
+        setting = f"threads: {threads}, seeds: {result['seeds']}, torch {torch}"
         note = f"; {result['note']}" if "note" in result else ""
-        source = f"\n`{result['command']}`; {facts}{note}.\n"
+        source = f"\n`{command(result)}`; {setting}{note}.\n"
         return match.group(1) + TABLES[name](result["rows"]) + source + match.group(3)
 
-    return MARK.sub(table, text)
+    def value(match: re.Match[str]) -> str:
+        return match.group(1) + VALUES[match.group(2)]() + match.group(3)
+
+    return VALUE.sub(value, TABLE.sub(table, text))
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
-    new = filled(text)
-    if "--check" not in sys.argv:
-        readme.write_text(new, "utf-8")
-    elif new != text:
-        sys.exit("README.md: a table differs from its results: run python benchmarks/tables.py")
+    different = []
+    for page in pages():
+        text = page.read_text("utf-8")
+        new = filled(text)
+        if new != text:
+            different.append(str(page.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                page.write_text(new, "utf-8")
+    if different and "--check" in sys.argv:
+        sys.exit(f"not what the results say: {', '.join(different)}: run benchmarks/tables.py")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plmcc.artifact.environment import hardware, versions
 from plmcc.passes.adaptive_codes import AdaptiveCodes, AdaptiveEmbedding, SoftAdaptive
 from plmcc.passes.binary_embedding import BinaryCodedEmbedding
 from plmcc.passes.compositional_codes import CodedEmbedding
 from plmcc.passes.distilled_factorization import FactorizedEmbedding
-from plmcc.provenance import hardware, versions
-from plmcc.source import write_json
+from plmcc.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 ROWS, DIMS = 250_112, 512
@@ -62,16 +62,19 @@ def coded(kind: Any, **options: Any) -> Callable[[], Any]:
 
 def adaptive() -> AdaptiveEmbedding:
     made = coded(AdaptiveEmbedding, lengths=LENGTHS, counts=[ROWS // 4] * 4)()
-    made.selector.fill_(0b00011011)  # each code-book as often as its count says
+    made.selector.fill_(0b00011011)  # each codebook as often as its count says
     return made  # type: ignore[no-any-return]
 
 
 def in_training() -> SoftAdaptive:
     random = torch.Generator().manual_seed(0)
     layout: dict[str, Any] = {
-        "num_embeddings": ROWS, "embedding_dim": DIMS, "padding_idx": None,
-        "zero_padding": False, "scale": 1.0,
-    }  # fmt: skip
+        "num_embeddings": ROWS,
+        "embedding_dim": DIMS,
+        "padding_idx": None,
+        "zero_padding": False,
+        "scale": 1.0,
+    }
     table_VD, *books = (
         torch.randn(rows, DIMS, generator=random) * 0.05 for rows in (ROWS, *LENGTHS)
     )
@@ -126,24 +129,34 @@ def main() -> None:
         for tokens in arguments.tokens:
             hidden_ND = torch.randn(tokens, DIMS)
             given_NV = torch.randn(tokens, ROWS) / ROWS
-            times = [(*step(dense, hidden_ND, given_NV), *step(module, hidden_ND, given_NV))
-                     for _ in range(arguments.rounds)]  # fmt: skip
+            times = [
+                (*step(dense, hidden_ND, given_NV), *step(module, hidden_ND, given_NV))
+                for _ in range(arguments.rounds)
+            ]
             base_f, base_b, own_f, own_b = (statistics.median(v) for v in zip(*times, strict=True))
             stored = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-            rows.append({
-                "head": name, "tokens": tokens, "forward": round(own_f, 3),
-                "backward": round(own_b, 3), "dense_forward": round(base_f, 3),
-                "dense_backward": round(base_b, 3),
-                "ratio": round((own_f + own_b) / (base_f + base_b), 3),
-                "forward_ratio": round(own_f / base_f, 3),
-                "weight_share": round(stored / (4 * ROWS * DIMS), 4),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "head": name,
+                    "tokens": tokens,
+                    "forward": round(own_f, 3),
+                    "backward": round(own_b, 3),
+                    "dense_forward": round(base_f, 3),
+                    "dense_backward": round(base_b, 3),
+                    "ratio": round((own_f + own_b) / (base_f + base_b), 3),
+                    "forward_ratio": round(own_f / base_f, 3),
+                    "weight_share": round(stored / (4 * ROWS * DIMS), 4),
+                }
+            )
             print(rows[-1], file=sys.stderr, flush=True)
     tokens = " ".join(map(str, arguments.tokens))
     result = {
         "command": f"python benchmarks/tied_head.py --tokens {tokens}",
-        "hardware": hardware(), "versions": versions(), "seeds": [0], "rows": rows,
-    }  # fmt: skip
+        "hardware": hardware(),
+        "versions": versions(),
+        "seeds": [0],
+        "rows": rows,
+    }
     write_json(arguments.output, result)
 
 

@@ -35,12 +35,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import plmcc
-from plmcc.bench import measure_generation
-from plmcc.export import export_model
-from plmcc.provenance import hardware, versions
-from plmcc.quantize import quantize
-from plmcc.size import file_bytes
-from plmcc.source import load_source, write_json
+from plmcc.artifact.environment import hardware, versions
+from plmcc.artifact.size import file_bytes
+from plmcc.evaluation.latency import measure_generation
+from plmcc.export.exporter import export_model
+from plmcc.export.int8 import quantize
+from plmcc.models.source import load_source
+from plmcc.utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {
@@ -80,9 +81,9 @@ def train(system: str, data: Path, work: Path, settings: list[str], teacher: Pat
         sets += [f"train.distill.teacher={teacher}", f"train.distill.sequence.cache={cache}"]
     if system == "E":
         sets += [f"stages.1.train.distill.sequence.cache={cache}"]
-    recipe = plmcc.load_recipe(ROOT / "recipes" / f"{RECIPES[system]}.yaml", sets, real=True)
+    recipe = plmcc.load_recipe(ROOT / "recipes" / f"{RECIPES[system]}.yaml", sets, load_torch=True)
     base: Any = teacher if system == "E" else None
-    plmcc.apply(recipe, base, folder, base=data, say=log)
+    plmcc.apply(recipe, base, folder, base=data, log=log)
     return folder
 
 
@@ -132,9 +133,11 @@ def bleu(
         rows = order[start : start + 32]
         batch = tokenizer.pad({"input_ids": [sources[i] for i in rows]}, return_tensors="pt")
         found = generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            num_beams=beams, max_new_tokens=LONGEST,
-        )  # fmt: skip
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            num_beams=beams,
+            max_new_tokens=LONGEST,
+        )
         decoded = tokenizer.batch_decode(found, skip_special_tokens=True)
         for row, text in zip(rows, decoded, strict=True):
             texts[row] = text
@@ -243,7 +246,7 @@ def _norm(target: Any, state: Any, at: str) -> None:
     target.gamma, target.beta = state[f"{at}.weight"], state[f"{at}.bias"]
 
 
-def rivals(system: System, work: Path, threads: int) -> dict[str, Callable[..., Tensor]]:
+def baselines(system: System, work: Path, threads: int) -> dict[str, Callable[..., Tensor]]:
     try:
         importlib.import_module("ctranslate2")
     except ImportError:
@@ -274,7 +277,7 @@ def measured(
     }
     first = next((s for s in systems if s.name == "A"), None)
     device = systems[0].model.device.type
-    forms |= rivals(first, work, threads) if first and device == "cpu" else {}
+    forms |= baselines(first, work, threads) if first and device == "cpu" else {}
     scores: dict[tuple[str, int], float] = {}
     for name, generate in forms.items():
         system, _, mode = name.partition(" ")
@@ -286,18 +289,30 @@ def measured(
     rows = []
     for batch, beams in SETTINGS:
         found = measure_generation(
-            forms, sources[: SENTENCES[batch]], batch, beams,
-            pad=0, eos=1, max_new_tokens=LONGEST, rounds=rounds,
-        )  # fmt: skip
+            forms,
+            sources[: SENTENCES[batch]],
+            batch,
+            beams,
+            pad=0,
+            eos=1,
+            max_new_tokens=LONGEST,
+            rounds=rounds,
+        )
         for item in found:
             system, _, mode = item.name.partition(" ")
             judged = quickest(forms, system) if mode in SAME else item.name
-            rows.append({
-                "system": system, "mode": mode, "device": device, "batch": batch, "beam": beams,
-                "tokens_per_second": round(item.tokens_per_second, 1),
-                "spread": round(item.spread, 1),
-                "bleu_test": scores[judged, beams],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "system": system,
+                    "mode": mode,
+                    "device": device,
+                    "batch": batch,
+                    "beam": beams,
+                    "tokens_per_second": round(item.tokens_per_second, 1),
+                    "spread": round(item.spread, 1),
+                    "bleu_test": scores[judged, beams],
+                }
+            )
             log(rows[-1])
     return rows
 

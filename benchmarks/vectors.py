@@ -28,17 +28,18 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from plmcc.passes._bits import unpack
+from plmcc.artifact.environment import hardware, versions
+from plmcc.passes._shared.bits import unpack
 from plmcc.passes.binary_embedding import BinaryEmbedding
-from plmcc.provenance import hardware, versions
 from plmcc.rewrite import harden_all, match, replace_all
-from plmcc.source import write_json
-from plmcc.vectors import Vectors, evaluate, load
-from plmcc.vectors_model import model_of
+from plmcc.utils.files import write_json
+from plmcc.vectors.keyed import Vectors, evaluate
+from plmcc.vectors.load import load
+from plmcc.vectors.model import model_of
 
 ROOT = Path(__file__).parent.parent
 PAIRS = 20_000
-SPEED = ("binarise", "query", "codes", "read")
+SPEED = ("binarize", "query", "codes", "read")
 Row = dict[str, Any]
 
 
@@ -52,7 +53,7 @@ def hyperplanes(vectors: Vectors, bits: int, seed: int) -> Vectors:
     return signs(vectors.vectors @ normal > 0, vectors.index_to_key)
 
 
-def binarised(vectors: Vectors, bits: int, seed: int) -> tuple[Vectors, Vectors, float]:
+def binarized(vectors: Vectors, bits: int, seed: int) -> tuple[Vectors, Vectors, float]:
     """Return codes, reconstructed vectors, and seconds."""
     copy = Vectors(vectors.index_to_key, vectors.vectors.copy())
     model, _ = model_of(copy)
@@ -75,9 +76,14 @@ def preservation(real: Vectors, other: Vectors) -> float:
 
 
 def judged(
-    name: str, method: str, bits: int | None, seed: int, real: Vectors, found: Vectors,
+    name: str,
+    method: str,
+    bits: int | None,
+    seed: int,
+    real: Vectors,
+    found: Vectors,
     datasets: list[Path],
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[Row]:
     known = {"vectors": name, "method": method, "bits": bits, "seed": seed}
     if found is not real:
         kept = round(preservation(real, found), 2)
@@ -85,19 +91,21 @@ def judged(
     for file in datasets:
         score = evaluate(found, file)
         yield known | {
-            "dataset": score.dataset, "spearman": round(score.score, 2),
+            "dataset": score.dataset,
+            "spearman": round(score.score, 2),
             "out_of_vocabulary": round(score.out_of_vocabulary, 2),
-        }  # fmt: skip
+        }
 
 
 def kept(output: Path, parts: list[str], measures: list[str]) -> list[Row]:
     """Rows of earlier runs that this one does not replace."""
     known = json.loads(output.read_text("utf-8"))["rows"] if output.exists() else []
     return [
-        row for row in known
+        row
+        for row in known
         if ("measure" not in row and "quality" not in parts)
         or ("measure" in row and ("speed" not in parts or row["measure"] not in measures))
-    ]  # fmt: skip
+    ]
 
 
 def measured(part: str, vectors: Path, work: Path) -> Row:
@@ -106,8 +114,9 @@ def measured(part: str, vectors: Path, work: Path) -> Row:
     found: Row = json.loads(done.stdout.splitlines()[-1])
     shown = "../shared/data/wordvec_wiki50k/vectors.f16.npy"
     return {
-        "measure": part, "command": f"python benchmarks/vectors.py --vectors {shown} --parts speed",
-    } | found  # fmt: skip
+        "measure": part,
+        "command": f"python benchmarks/vectors.py --vectors {shown} --parts speed",
+    } | found
 
 
 def main() -> None:
@@ -135,12 +144,13 @@ def main() -> None:
         real, seed = load(file), arguments.seed
         rows += judged(file.parent.name, "real", None, seed, real, real, arguments.datasets)
         for bits in arguments.bits:
-            codes, back, seconds = binarised(real, bits, seed)
+            codes, back, seconds = binarized(real, bits, seed)
             print(file, bits, f"{seconds:.1f} s", file=sys.stderr, flush=True)
             made = {
-                "binary_embedding": codes, "reconstructed": back,
+                "binary_embedding": codes,
+                "reconstructed": back,
                 "random hyperplanes": hyperplanes(real, bits, seed),
-            }  # fmt: skip
+            }
             for method, found in made.items():
                 rows += judged(
                     file.parent.name, method, bits, seed, real, found, arguments.datasets
@@ -149,8 +159,11 @@ def main() -> None:
     result = {
         "command": "python benchmarks/vectors.py --vectors "
         "../shared/data/wordvec_wiki50k/vectors.f16.npy --datasets ../shared/data/wordsim/EN-*.txt",
-        "hardware": hardware(), "versions": versions(), "seeds": [arguments.seed], "rows": rows,
-    }  # fmt: skip
+        "hardware": hardware(),
+        "versions": versions(),
+        "seeds": [arguments.seed],
+        "rows": rows,
+    }
     write_json(arguments.output, result)
 
 

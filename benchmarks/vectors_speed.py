@@ -2,8 +2,8 @@
 
     python benchmarks/vectors_speed.py PART VECTORS [WORK]
 
-`binarise`: 256 bits, ten epochs. `query`: the ten words nearest to a word by their codes. `codes`:
-16 codebooks of 32, residual quantisation. `read`: a text file. The first three take 400,000 x 300
+`binarize`: 256 bits, ten epochs. `query`: the ten words nearest to a word by their codes. `codes`:
+16 codebooks of 32, residual quantization. `read`: a text file. The first three take 400,000 x 300
 vectors (rows of VECTORS drawn at random, with noise of 0.3 of their standard deviation), the last
 2,000,000 x 300. Prints one row of JSON: `seconds` by the clock, `cpu_seconds` of the process (with
 one thread, what it would take on a core of its own) and `peak_gb`, the largest resident memory of
@@ -28,9 +28,10 @@ from plmcc.api import Pass
 from plmcc.passes.binary_embedding import BinaryEmbedding
 from plmcc.passes.compositional_codes import CompositionalCodes
 from plmcc.rewrite import harden_all, match, replace_all
-from plmcc.vector_codes import Codes
-from plmcc.vectors import Vectors, load
-from plmcc.vectors_model import model_of
+from plmcc.vectors.codes import Codes
+from plmcc.vectors.keyed import Vectors
+from plmcc.vectors.load import load
+from plmcc.vectors.model import model_of
 
 ROWS, READ_ROWS, WIDTH = 400_000, 2_000_000, 300
 QUERIES = 200
@@ -60,12 +61,12 @@ def compressed(file: Path, chosen: Pass) -> Row:
 
     def work() -> Any:
         done = replace_all(model, match(model, [chosen]))
-        figures = done[0].soft.facts()
+        metrics = done[0].soft.statistics()
         harden_all(model, done)
-        return figures
+        return metrics
 
-    figures, times = timed(work)
-    kept = {k: round(v, 4) for k, v in figures.items() if k in ("relative_error", "similarity")}
+    metrics, times = timed(work)
+    kept = {k: round(v, 4) for k, v in metrics.items() if k in ("relative_error", "similarity")}
     return times | kept
 
 
@@ -99,7 +100,7 @@ def read(work: Path) -> Row:
 
 def main() -> None:
     part, file = sys.argv[1], Path(sys.argv[2])
-    if part == "binarise":
+    if part == "binarize":
         row = compressed(file, BinaryEmbedding(bits=256, epochs=10))
     elif part == "codes":
         row = compressed(file, CompositionalCodes(codebooks=16, codewords=32))
@@ -107,8 +108,11 @@ def main() -> None:
         row = query(file) if part == "query" else read(Path(sys.argv[3]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     rows = READ_ROWS if part == "read" else ROWS
-    print(json.dumps({"rows": rows, "threads": torch.get_num_threads()} | row
-                     | {"peak_gb": round(peak, 2)}))  # fmt: skip
+    print(
+        json.dumps(
+            {"rows": rows, "threads": torch.get_num_threads()} | row | {"peak_gb": round(peak, 2)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pages that come from the code: one for each pass, and the codes of errors.
+"""The pages that come from the code: one for each pass, the commands, and the codes of errors.
 
 MkDocs runs this as a hook (`mkdocs.yml`); nothing is written into the checkout.
 """
@@ -7,35 +7,50 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import re
-import shlex
 import sys
-import tempfile
-from contextlib import chdir
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from plmcc import catalog, catalog_view
-from plmcc.diagnostics import CODES, Diagnostic, PlmccError
-from plmcc.recipe import parse_recipe
+from plmcc.catalog import registry as catalog
+from plmcc.catalog import view as catalog_view
+from plmcc.diagnostics import Explanation, explanations
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parent.parent
-_BLOCKS = {0: "Files and YAML", 1: "Recipes", 2: "Matching", 3: "Data and training",
-           4: "Models and artifacts", 5: "Command line and files"}  # fmt: skip
+_BLOCKS = {
+    0: "Files and YAML",
+    1: "Recipes",
+    2: "Matching",
+    3: "Data and training",
+    4: "Models and artifacts",
+    5: "Command line and files",
+}
+_GUIDES = (
+    "embedding-tables",
+    "translation",
+    "pruning",
+    "word-vectors",
+    "search-and-compare",
+    "exports",
+    "long-runs",
+)
 _WHOLE_TABLES = {
     "compressed_attention": ("translation", "joint_attention"),
     "drop_layers": ("translation",),
     "movement_pruning": ("pruning",),
 }
 """Tables whose lines call a pass by other names, as the paper does."""
+_ERROR = re.compile(r"<!-- error: (PLM\d{3}) -->")
+"""In a page: the example of that error."""
 _ALSO = {"compositional_codes": ("product_codes",)}
 
 
@@ -44,7 +59,8 @@ def pages() -> dict[str, str]:
     """Return the text of every generated page by its path below `docs`."""
     names = [name for name in catalog.names() if catalog.entry(name).origin == "plmcc"]
     found = {f"passes/{name}.md": pass_page(name) for name in names}
-    return found | {"passes/index.md": passes_page(names), "errors.md": errors_page()}
+    others = {"passes/index.md": passes_page(names), "errors.md": errors_page()}
+    return found | others | {"commands.md": commands_page()}
 
 
 # --- passes
@@ -82,8 +98,12 @@ def _file_docstring(name: str) -> str:
     spec = find_spec(catalog.entry(name).module)
     assert spec is not None
     assert spec.origin is not None
-    doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-    parts = doc.split("`")  # every other one is code
+    return _prose(ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or "")
+
+
+def _prose(text: str) -> str:
+    """Escape what Markdown and HTML would interpret, outside code."""
+    parts = text.split("`")  # every other one is code
     parts[::2] = [re.sub(r"([*_<>\[])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)
 
@@ -93,7 +113,7 @@ def _options(options: list[dict[str, Any]]) -> str:
     for option in options:
         kind = ", ".join(part for part in (option["type"], option["range"]) if part)
         default = "required" if option["required"] else f"`{json.dumps(option['default'])}`"
-        description = _cell(" ".join(option["description"].split()))
+        description = _cell(_prose(" ".join(option["description"].split())))
         lines.append(f"| `{option['name']}` | {_cell(kind)} | {_cell(default)} | {description} |")
     return "\n".join(lines)
 
@@ -103,16 +123,16 @@ def _cell(text: str) -> str:
 
 
 def _measured(name: str) -> list[str]:
-    """The lines about a pass of the tables that the README has whole."""
+    """The lines about a pass of the tables in `results.md`."""
     tables = _module(ROOT / "benchmarks/tables.py")
     found = []
     for table, render in tables.TABLES.items():
-        result = json.loads((ROOT / f"benchmarks/results/{table}.json").read_text("utf-8"))
+        result = tables.results(table)
         text = render(result["rows"])
         if table not in _WHOLE_TABLES.get(name, ()):
             text = _lines_about(text, (name, *_ALSO.get(name, ())))
         if text:
-            found.append(f"{text}\n`{result['command']}`")
+            found.append(f"{text}\n`{tables.command(result)}`")
     return found
 
 
@@ -124,63 +144,75 @@ def _lines_about(table: str, names: tuple[str, ...]) -> str:
     return "\n".join([head, rule, *first, *own, ""]) if own else ""
 
 
+# --- commands
+
+
+def commands_page() -> str:
+    """Return every command with its help, arguments and options."""
+    import typer
+
+    from plmcc.cli.app import app
+
+    parts = [
+        "# Commands",
+        "In the order of work. `plmcc COMMAND --help` prints the same, `plmcc --version` the "
+        "versions. An option that takes a list may be repeated.",
+    ]
+    panel = ""
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        if command.rich_help_panel != panel:
+            panel = command.rich_help_panel
+            parts.append(f"## {panel}")
+        parts += _command(command, f"plmcc {name}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _command(command: Any, name: str) -> list[str]:
+    if inner := getattr(command, "commands", None):
+        return [part for key, one in inner.items() for part in _command(one, f"{name} {key}")]
+    parts = [f"### {name}", inspect.cleandoc(command.help or "")]
+    shown = [one for one in command.params if not getattr(one, "hidden", False)]
+    lines = [_parameter(one) for one in shown]
+    return [*parts, "\n".join(["| | | |", "| --- | --- | --- |", *lines])] if lines else parts
+
+
+def _parameter(parameter: Any) -> str:
+    option = parameter.param_type_name == "option"
+    name = (
+        ", ".join([*parameter.opts, *parameter.secondary_opts])
+        if option
+        else str(parameter.metavar or parameter.name).upper()
+    )
+    default = parameter.default
+    given = default not in (None, False, True, (), []) and isinstance(default, str | int | float)
+    kind = "required" if parameter.required else f"default `{default}`" if given else ""
+    return f"| `{_cell(name)}` | {_cell(kind)} | {_cell(_prose(parameter.help or ''))} |"
+
+
 # --- errors
 
 
 def errors_page() -> str:
-    """Return every code with its meaning, and an example where the tests' table has one."""
+    """Return what `plmcc explain` prints of every code."""
     parts = [
         "# Errors",
-        "A user error is a paragraph: where, what, the line with a caret, what was given, what is "
-        "allowed, and what to do. Its code stays the same from version to version. `--format json` "
-        "prints the same for programs. The exit status is 1.",
+        "A user error is one paragraph: the location, the problem, the line with a caret, what was "
+        "given, what is allowed, and a hint. Its code is the same in every version. "
+        "`plmcc explain CODE` prints what is here, `--format json` prints an error for programs. "
+        "The exit status is 1.",
     ]
-    examples = _examples()
     for block, title in _BLOCKS.items():
         parts.append(f"## {title}")
-        for code, meaning in CODES.items():
+        for code, one in explanations().items():
             if int(code[3]) == block:
-                parts.append(f"### {code}\n\n{meaning[0].upper()}{meaning[1:]}.")
-                parts += [f"```text\n{examples[code]}\n```"] if code in examples else []
+                parts.append(f"### {code}\n\n{one.meaning[0].upper()}{one.meaning[1:]}.")
+                parts += [_prose(one.why), _prose(one.fix)]
+                parts += [_example(one)] if one.example else []
     return "\n\n".join(parts) + "\n"
 
 
-def _examples() -> dict[str, str]:
-    """What plmcc says of the first mistake of each code in the tests' tables."""
-    mistakes = _module(ROOT / "tests/mistakes.py")
-    found = _runs(mistakes.FILES, mistakes.RUNS)
-    for mistake in mistakes.MISTAKES:
-        try:
-            parse_recipe(mistake.text.replace("§", ""), "recipe.yaml")
-        except PlmccError as problem:
-            said: Diagnostic = problem.diagnostics[0]
-            found.setdefault(said.code, said.render())
-    return found
-
-
-def _runs(files: dict[str, bytes], runs: list[tuple[str, str]]) -> dict[str, str]:
-    """Commands that fail, and what they say, in a folder with files and a tiny model."""
-    # With torch and transformers, which nothing else here needs.
-    from typer.testing import CliRunner
-
-    from plmcc.cli import app
-    from plmcc.terminal import calm
-    from plmcc.tiny import tiny
-
-    calm()
-    found = {}
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        for name, content in files.items():
-            Path(name).write_bytes(content)
-        tiny("bert").save_pretrained("model")
-        _module(ROOT / "tests/words.py").words().save_pretrained("model")
-        for code, command in runs:
-            problem = CliRunner().invoke(app, shlex.split(command)).exception
-            assert isinstance(problem, PlmccError), f"{command}: {problem!r}"
-            said = problem.diagnostics[0]
-            assert said.code == code, f"{command}: {said.render()}"
-            found[code] = f"$ plmcc {command}\n{said.render()}"
-    return found
+def _example(one: Explanation) -> str:
+    return f"```text\n{one.example}\n```"
 
 
 def _module(file: Path) -> ModuleType:
@@ -199,10 +231,20 @@ def _module(file: Path) -> ModuleType:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Set the navigation: hand-written pages, the passes, the errors."""
+    """Set the navigation."""
     names = sorted(path for path in pages() if path.startswith("passes/") and "index" not in path)
     passes = ["passes/index.md", *names]
-    config.nav = ["index.md", "tutorial.md", {"Passes": passes}, "artifact.md", "errors.md"]
+    guides = [f"guides/{name}.md" for name in _GUIDES]
+    config.nav = [
+        "index.md",
+        "tutorial.md",
+        "choosing-a-pass.md",
+        {"Guides": guides},
+        {"Passes": passes},
+        {"Reference": ["commands.md", "artifact.md", "errors.md"]},
+        "results.md",
+        {"Extending plmcc": ["writing-a-pass.md", "hooks.md", "architecture.md"]},
+    ]
     return config
 
 
@@ -213,3 +255,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put examples of errors in the place of their marks."""
+    return _ERROR.sub(lambda mark: _example(explanations()[mark[1]]), markdown)

@@ -1,4 +1,4 @@
-"""Near-lossless binarisation (NLB): a word is a string of bits, its vector what one small layer
+"""Near-lossless binarization (NLB): a word is a string of bits, its vector what one small layer
 makes of them.
 
 Tissier, Gravier and Habrard, "Near-lossless Binarization of Word Embeddings", AAAI 2019
@@ -25,21 +25,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from plmcc.api import Miss, Objective, Pass, Planned, Site, Soft
-from plmcc.passes._binary import ACTIVATIONS, Binariser, codes_of, similarity_kept
-from plmcc.passes._bits import pack, row_bytes, unpack_bits
-from plmcc.passes._tables import (
+from plmcc.api import Miss, Objective, Pass, Planned, Program, Site, Soft, TableSite, refuse_unused
+from plmcc.kit import Progress, Trainable
+from plmcc.kit.tables import (
     CompressedTable,
     LearningRate,
-    SoftCodes,
     common_layout,
     matched_tables,
     reconstruction,
     table_of,
     weights_of,
 )
-from plmcc.program import Program
-from plmcc.progress import Progress
+from plmcc.passes._shared.binarize import ACTIVATIONS, Binarizer, codes_of, similarity_kept
+from plmcc.passes._shared.bits import pack, row_bytes, unpack_bits
 
 _TILE = 4096
 """Rows that a tied head decodes at once."""
@@ -59,7 +57,7 @@ class BinaryEmbedding(Pass):
     )
 
     targets: str | list[str] = "input_embeddings"
-    """Which tables; a table tied to the output head takes the head along."""
+    """The embedding tables to replace, each with the output head tied to it."""
     bits: int = Field(256, ge=1, le=65536)
     """n: bits of a code; any number."""
     preset: Literal["paper", "official"] = "paper"
@@ -72,22 +70,22 @@ class BinaryEmbedding(Pass):
     batch_size: int | None = Field(None, ge=1)
     """Rows in a step; by default 75, or a thousandth of the table if that is more."""
     learning_rate: float = Field(0.001, gt=0)
-    """Of W and c while codes are learned."""
-    regularisation: float = Field(1.0, ge=0)
-    """λ: weight of orthogonality beside the reconstruction."""
+    """Learning rate of W and c while the codes are learned."""
+    regularization: float = Field(1.0, ge=0)
+    """λ: weight of the orthogonality loss beside the reconstruction loss."""
     frequency_power: float = Field(0.5, ge=0, le=1)
     """Paper: the loss of a row whose token the training data has n times is multiplied by
     (1 + n)^power; 0 weighs all alike, as does a recipe without `train`."""
     decoder_learning_rate: float | None = Field(None, gt=0)
-    """In training: of the decoder; by default the trainer's own."""
+    """Learning rate of the decoder in training; by default that of the Trainer."""
     seed: int = Field(0, ge=0)
-    """Of the first weights and the batches; the program has its own."""
+    """Seed of the initial weights and the batches; `official` has its own."""
 
     @model_validator(mode="after")
     def _official_decides(self) -> BinaryEmbedding:
-        for name in ("seed", "frequency_power") if self.preset == "official" else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` has no effect with preset `official`: remove it")
+        free = self.preset != "official"
+        used = {"seed": free, "frequency_power": free}
+        refuse_unused(self, used, "with preset `official`")
         return self
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
@@ -104,51 +102,53 @@ class BinaryEmbedding(Pass):
 
     def plan(self, site: Site) -> Planned:
         """The codes' size is known beforehand."""
-        activation = self._binariser(site.facts["num_embeddings"]).activation
+        assert isinstance(site, TableSite)
+        activation = self._binarizer(site.num_embeddings).activation
         module = BinaryCodedEmbedding(
             **common_layout(site), bits=self.bits, activation=activation, span=1.0
         )
         return Planned(module)
 
-    def replace(self, site: Site) -> Soft:
+    def replace(self, site: Site, program: Program) -> Soft:
         """Learn codes for the finished table (no task data), then freeze them; the decoder stays
         trainable."""
+        assert isinstance(site, TableSite)
         table_VD = table_of(site)
-        binariser = self._binariser(len(table_VD))
+        binarizer = self._binarizer(len(table_VD))
         span = _DEVIATIONS * float(table_VD.float().square().mean().sqrt()) or 1.0
         x_VD = table_VD.float() / span
-        if binariser.activation != "none":
+        if binarizer.activation != "none":
             x_VD.clamp_(-1, 1)
         with Progress(f"codes for {site.path}") as progress:
             weights_V = weights_of(site, self.frequency_power)
-            tick = partial(progress.step, "binarise")
-            weight_nD, bias_D = binariser.fit(x_VD, tick, weights_V)
+            tick = partial(progress.step, "binarize")
+            weight_nD, bias_D = binarizer.fit(x_VD, tick, weights_V)
         codes_Vn = codes_of(x_VD, weight_nD)
         hard = BinaryCodedEmbedding(
-            **common_layout(site), bits=self.bits, activation=binariser.activation, span=span
+            **common_layout(site), bits=self.bits, activation=binarizer.activation, span=span
         ).to(table_VD.device)
         hard.codes.copy_(pack(codes_Vn, 1))
         hard.decoder = nn.Parameter(weight_nD.to(table_VD.dtype).contiguous())
         hard.bias = nn.Parameter(bias_D.to(table_VD.dtype).contiguous())
-        figures = reconstruction(table_VD, hard.rows) | {
+        metrics = reconstruction(table_VD, hard.rows) | {
             "ones": float(codes_Vn.float().mean()),
             "distinct_codes": len(np.unique(hard.codes.cpu().numpy(), axis=0)) / len(codes_Vn),
             "similarity": similarity_kept(table_VD, codes_Vn),
         }
-        return SoftCodes(hard, figures)
+        return Trainable(hard, metrics)
 
-    def _binariser(self, rows: int) -> Binariser:
+    def _binarizer(self, rows: int) -> Binarizer:
         # A thousand steps an epoch are enough, and the work of a step does not all grow with it.
         usual = 75 if self.preset == "official" else max(75, rows // 1000)
         official = self.preset == "official"
-        return Binariser(
+        return Binarizer(
             bits=self.bits,
             activation=self.activation or ("hard_tanh" if official else "tanh"),
             official=official,
             epochs=self.epochs or (5 if official else 20),
             batch_size=self.batch_size or usual,
             learning_rate=self.learning_rate,
-            regularisation=self.regularisation,
+            regularization=self.regularization,
             seed=self.seed,
         )
 

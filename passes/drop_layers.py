@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from functools import partial
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plmcc.api import Hard, Miss, Pass, Planned, Site, Soft
-from plmcc.diagnostics import error
-from plmcc.program import Program
+from plmcc.api import Call, Hard, Miss, Pass, Planned, Program, Site, Soft, StackSite, Values
+from plmcc.kit import matched_stacks
+from plmcc.kit.graphs import stack_depths
 
 Index = Annotated[int, Field(ge=0)]
 
@@ -37,62 +38,57 @@ class DropLayers(Pass):
         "Passes for the kept layers belong in a later stage: the layers are numbered anew.",
     )
 
-    targets: str | list[str] = "decoder"
-    """Which stacks: every list of layers that holds a matching layer is one."""
+    targets: str | list[str] = ""
+    """The stacks: every list of layers that contains a matching layer. By default the decoder, or
+    the layers of a model that has only an encoder."""
     keep: Annotated[int, Field(ge=1)] | Annotated[list[Index], Field(min_length=1)] = 2
-    """How many layers stay, or which, counted from 0."""
+    """The number of layers to keep, or a list of layers, counted from 0."""
     select: Literal["even", "importance"] = "even"
     """For a number: evenly spaced, first and last included, or those that change states most."""
 
+    def needs_data(self) -> str:
+        """Importance is measured."""
+        measured = self.select == "importance" and not isinstance(self.keep, list)
+        return "`select: importance` measures what each layer changes" if measured else ""
+
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the stacks that have more layers than are kept."""
-        layers = program.resolve(self.targets, "layer").sites
-        stacks = dict.fromkeys(site.path.rpartition(".")[0] for site in layers)
-        found = [self._stack(program, path) for path in stacks]
-        count = sum(isinstance(site, Site) for site in found)
-        if self.expect is not None and count != self.expect:
-            message = f"the targets match {count} stacks, expected {self.expect}"
-            raise error("PLM202", message, "targets", given=", ".join(stacks))
-        yield from found
+        both = program.model.config.is_encoder_decoder
+        targets = self.targets or ("decoder" if both else "layers")
+        refusal = partial(self._refusal, program.model)
+        yield from matched_stacks(program, targets, self.expect, refusal)
 
-    def _stack(self, program: Program, path: str) -> Site | Miss:
-        stack = program.model.get_submodule(path)
-        assert isinstance(stack, nn.ModuleList)
-        depth = len(stack)
+    def _refusal(self, model: PreTrainedModel, site: StackSite) -> str:
+        depth = len(site.layers)
         kept = self.keep if isinstance(self.keep, list) else None
         if kept is not None and (max(kept) >= depth or len(set(kept)) < len(kept)):
             given = ", ".join(map(str, kept))
-            return Miss(path, f"`keep` is {given}; its layers are 0 to {depth - 1}, each once")
+            return f"`keep` is {given}; its layers are 0 to {depth - 1}, each once"
         if (len(kept) if kept is not None else self.keep) >= depth:  # type: ignore[operator]
-            return Miss(path, f"it has {depth} layers, not more than are to be kept")
-        if sum(layer is stack[0] for layer in stack) > 1:
-            return Miss(path, "its layers are one and the same")
-        own = [sorted(layer.state_dict()) for layer in stack]
-        special = next((i for i, names in enumerate(own) if names != own[-1]), None)
+            return f"it has {depth} layers, not more than are to be kept"
+        special = _special(site.layers)
         if special is not None and kept is not None and kept[0] != special:
-            lacking = sorted(set(own[special]) - set(own[-1]))
-            return Miss(path, f"layer {special} alone has {', '.join(lacking)}: keep it first")
-        if _resized(program.model, path, list(range(depth - 1))) is None:
-            return Miss(path, "no entry of the configuration says how many layers it has")
-        facts = {"program": program, "first": special is not None}
-        return Site("stack", (path,), ("layer",), (stack,), facts)
+            lacking = sorted(_names(site.layers[special]) - _names(site.layers[-1]))
+            return f"layer {special} alone has {', '.join(lacking)}: keep it first"
+        if _resized(model, site.path, list(range(depth - 1))) is None:
+            return "no entry of the configuration holds its number of layers"
+        return ""
 
     def plan(self, site: Site) -> Planned:
         """As many layers as will stay; which is of no matter where all are alike."""
-        stack = site.module
-        assert isinstance(stack, nn.ModuleList)
+        assert isinstance(site, StackSite)
         even = self.model_copy(update={"select": "even"})
-        return Planned(KeptLayers(even._chosen(len(stack), [], site.facts["first"]), []))
+        return Planned(KeptLayers(even._chosen(site.layers, []), []))
 
-    def replace(self, site: Site) -> Soft:
+    def replace(self, site: Site, program: Program) -> Soft:
         """Choose the layers that stay; `rewrite` drops the others."""
-        stack = site.module
-        assert isinstance(stack, nn.ModuleList)
+        assert isinstance(site, StackSite)
         measured = self.select == "importance" and not isinstance(self.keep, list)
-        influence = _influence(site.facts["program"], site.path, stack) if measured else []
-        return KeptLayers(self._chosen(len(stack), influence, site.facts["first"]), influence)
+        influence = _influence(program, site.layers) if measured else []
+        return KeptLayers(self._chosen(site.layers, influence), influence)
 
-    def _chosen(self, depth: int, influence: Sequence[float], first: bool) -> list[int]:
+    def _chosen(self, layers: nn.ModuleList, influence: Sequence[float]) -> list[int]:
+        depth, first = len(layers), _special(layers) is not None
         if isinstance(self.keep, list):
             return sorted(self.keep)
         if self.select == "even":
@@ -117,7 +113,7 @@ class KeptLayers(Soft):
         """Return the record of the choice; the stack is already in its final form."""
         return Stack(depth=len(self.kept), kept=self.kept)
 
-    def facts(self) -> dict[str, float]:
+    def statistics(self) -> dict[str, float]:
         """Return the measured influence of every original layer, 1 - cos(x_in, x_out)."""
         return {f"influence_{index}": value for index, value in enumerate(self.influence)}
 
@@ -145,6 +141,16 @@ class Stack(Hard):
         _drop(program.model, path, kept)
 
 
+def _special(layers: nn.ModuleList) -> int | None:
+    """Return the first layer, if it alone holds tensors that all need."""
+    last = _names(layers[-1])
+    return next((i for i, layer in enumerate(layers) if _names(layer) != last), None)
+
+
+def _names(layer: nn.Module) -> set[str]:
+    return set(layer.state_dict())
+
+
 def _drop(model: PreTrainedModel, path: str, kept: list[int]) -> None:
     resized = _resized(model, path, kept)
     assert resized is not None, "checked when matching"
@@ -163,7 +169,7 @@ def _drop(model: PreTrainedModel, path: str, kept: list[int]) -> None:
 def _number(layer: nn.Module, index: int) -> None:
     """A layer writes to the cache at its `layer_idx`: with the old one, generation goes wrong."""
     for module in layer.modules():
-        if isinstance(vars(module).get("layer_idx"), int):
+        if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx = index  # type: ignore[assignment]
 
 
@@ -173,14 +179,14 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     return list(found.values())
 
 
-def _resized(model: PreTrainedModel, path: str, kept: list[int]) -> list[dict[str, Any]] | None:
+def _resized(model: PreTrainedModel, path: str, kept: list[int]) -> list[Values] | None:
     """Return what each configuration has to say for the stack to have the kept layers.
 
     Which entry means this stack is tried out: a model built from the changed configuration, on the
     meta device, has that depth there, and in no other place another one. T5's decoder has a copy of
     the configuration in which the entry has another name; copies are changed as the trial's are.
     """
-    depth, before = len(model.get_submodule(path)), _depths(model)  # type: ignore[arg-type]
+    depth, before = len(model.get_submodule(path)), stack_depths(model)  # type: ignore[arg-type]
     wanted = before | {path: len(kept)}
     names = [n for n, v in model.config.to_dict().items() if v == depth and "layer" in n]
     for name in names:
@@ -191,7 +197,7 @@ def _resized(model: PreTrainedModel, path: str, kept: list[int]) -> list[dict[st
                 trial = type(model)._from_config(config)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             continue
-        if _depths(trial) == wanted:
+        if stack_depths(trial) == wanted:
             pairs = zip(_configs(model), _configs(trial), strict=True)
             return [_changes(live, new) for live, new in pairs]
     return None
@@ -204,37 +210,20 @@ def _shorten(config: PreTrainedConfig, name: str, depth: int, kept: list[int]) -
             setattr(config, key, [value[index] for index in kept])
 
 
-def _changes(live: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, Any]:
+def _changes(live: PreTrainedConfig, new: PreTrainedConfig) -> Values:
     old, values = live.to_dict(), new.to_dict()
     return {n: v for n, v in values.items() if "layer" in n and n in old and old[n] != v}
 
 
-def _depths(model: PreTrainedModel) -> dict[str, int]:
-    """Return the length of every list of modules that lies in no other list."""
-    return {
-        path: len(module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not any(p.isdigit() for p in path.split("."))
-    }
-
-
-def _influence(program: Program, path: str, stack: nn.ModuleList) -> list[float]:
+def _influence(program: Program, stack: nn.ModuleList) -> list[float]:
     """Return each layer's block influence on recorded states."""
     cosines: list[list[Tensor]] = [[] for _ in stack]
 
-    def watch(index: int) -> Any:
-        def note(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            result = output[0] if isinstance(output, tuple) else output
-            same = F.cosine_similarity(given.float(), result.float(), dim=-1)
-            cosines[index].append(same.flatten())
+    numbers = {layer: index for index, layer in enumerate(stack)}
 
-        return stack[index].register_forward_hook(note, with_kwargs=True)
+    def note(layer: nn.Module, call: Call) -> None:
+        given, made = (program.data.real_tokens(x) for x in (call.input, call.result))
+        cosines[numbers[layer]].append(F.cosine_similarity(given, made, dim=-1))
 
-    hooks = [watch(index) for index in range(len(stack))]
-    try:
-        program.record(f"{path}.0")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    program.data.observe(stack, note)
     return [float(1 - torch.cat(found).mean()) for found in cosines]

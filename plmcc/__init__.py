@@ -8,6 +8,7 @@ whichever is imported first.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -17,23 +18,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plmcc.api import Hard, Miss, Objective, Pass, Site, Soft
-    from plmcc.compiler import Pipeline, apply
+    from plmcc.artifact.load import load
+    from plmcc.catalog.registry import register
     from plmcc.diagnostics import PlmccError
-    from plmcc.exported import Exported
-    from plmcc.lower import compile, load
-    from plmcc.program import Program
-    from plmcc.recipe import Data, Distill, Evaluate, Lower, Recipe, Stage, Train, load_recipe
-    from plmcc.result import Result
+    from plmcc.export.exported import Exported
+    from plmcc.inference.compile import compile
+    from plmcc.ir.program import Program
+    from plmcc.pipeline.compiler import Pipeline, apply
+    from plmcc.recipe.load import Data, Distill, Evaluate, Lower, Recipe, Stage, Train, load_recipe
+    from plmcc.report.result import Result
 
 _NAMES = {
     "plmcc.api": ("Hard", "Miss", "Objective", "Pass", "Site", "Soft"),
-    "plmcc.compiler": ("Pipeline", "apply"),
-    "plmcc.result": ("Result",),
+    "plmcc.pipeline.compiler": ("Pipeline", "apply"),
+    "plmcc.report.result": ("Result",),
     "plmcc.diagnostics": ("PlmccError",),
-    "plmcc.exported": ("Exported",),
-    "plmcc.lower": ("compile", "load"),
-    "plmcc.program": ("Program",),
-    "plmcc.recipe": (
+    "plmcc.export.exported": ("Exported",),
+    "plmcc.artifact.load": ("load",),
+    "plmcc.catalog.registry": ("register",),
+    "plmcc.inference.compile": ("compile",),
+    "plmcc.ir.program": ("Program",),
+    "plmcc.recipe.load": (
         "Data",
         "Distill",
         "Evaluate",
@@ -68,6 +73,7 @@ __all__ = [
     "compile",
     "load",
     "load_recipe",
+    "register",
 ]
 assert set(__all__) == set(_HOME)
 
@@ -92,7 +98,7 @@ class _AfterTransformers(MetaPathFinder, Loader):
     _loader: Any = None
 
     def find_spec(
-        self, fullname: str, path: Any, target: ModuleType | None = None
+        self, fullname: str, path: object, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != "transformers":
             return None
@@ -109,10 +115,26 @@ class _AfterTransformers(MetaPathFinder, Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        importlib.import_module("plmcc.artifact")
+        _register()
 
+
+def _register() -> None:
+    """Register plmcc's artifacts with transformers."""
+    importlib.import_module("plmcc.artifact.format")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Say whether a log record is other than what torchao says whenever it is imported: that it has
+    kernels for other machines, and that torch knows its enumerations."""
+    text = str(record.msg)
+    return not text.startswith("Failed to load") and "an Enum subclass" not in text
+
+
+# Where torchao is installed, transformers imports it.
+for _logger in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_logger).addFilter(_is_news)
 
 if "transformers" in sys.modules:
-    importlib.import_module("plmcc.artifact")
+    _register()
 else:
     sys.meta_path.insert(0, _AfterTransformers())

@@ -1,4 +1,4 @@
-"""Coded errors: where, what was given, what is allowed, and the nearest name.
+"""Errors with codes: location, what was given, what is allowed, and a hint.
 
 A user error is a `Diagnostic`; a `PlmccError` carries one or more of them, so that everything wrong
 with a recipe is reported at once.
@@ -10,26 +10,30 @@ import difflib
 import errno
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 CODES: dict[str, str] = {
     # Files and YAML syntax
     "PLM001": "the file does not exist",
-    "PLM002": "the path is a folder",
+    "PLM002": "the path is a directory, not a file",
     "PLM003": "the file cannot be read",
     "PLM004": "the file is too large",
     "PLM005": "the file is not UTF-8 text",
     "PLM006": "the file is empty",
-    "PLM010": "YAML syntax",
+    "PLM010": "invalid YAML syntax",
     "PLM011": "a tab in the indentation",
     "PLM012": "a control character",
-    "PLM013": "a key stands twice in one mapping",
+    "PLM013": "a key that appears twice in one mapping",
     "PLM014": "more than one YAML document",
     "PLM015": "a YAML tag",
     "PLM016": "a merge key (<<)",
-    "PLM017": "nested too deep, or an alias that contains itself",
-    "PLM018": "too many values, aliases counted as often as they are used",
+    "PLM017": "nesting that is too deep, or an alias that contains itself",
+    "PLM018": "too many values",
     "PLM019": "a key that is neither text nor a whole number",
     "PLM020": "a number that cannot be represented",
     # Recipes
@@ -38,39 +42,64 @@ CODES: dict[str, str] = {
     "PLM103": "a value of the wrong type",
     "PLM104": "a value out of range",
     "PLM105": "a value that is not one of the choices",
-    "PLM106": "an unsupported format version",
+    "PLM106": "an unsupported version of the recipe format",
     "PLM107": "a value that is not valid here",
     "PLM108": "keys that contradict each other or have no effect",
     "PLM110": "an unknown pass",
     "PLM111": "a malformed entry of `passes`",
-    "PLM112": "a pass that cannot be used: it is broken, or two owners claim its name",
+    "PLM112": "a pass that cannot be used",
     "PLM120": "an unknown training argument",
     "PLM121": "a training argument that plmcc sets itself",
     "PLM130": "a --set argument that is not `path=value`",
-    "PLM131": "a --set path that leads nowhere",
+    "PLM131": "a --set or search path that leads nowhere",
     # Matching (2xx), data and training (3xx), artifacts (4xx), command line and others (5xx)
-    "PLM201": "a pass matched nothing",
-    "PLM202": "a pass matched another number of sites than expected",
-    "PLM203": "a site that a pass refuses",
-    "PLM204": "two passes that want the same site",
+    "PLM201": "targets that match nothing",
+    "PLM202": "a number of sites other than expected",
+    "PLM203": "a module that the pass cannot rewrite",
+    "PLM204": "two passes that rewrite the same module",
     "PLM301": "data that cannot be found or read",
     "PLM302": "a row of data that cannot be used",
-    "PLM303": "training settings that do not fit the model or the data",
-    "PLM401": "an artifact that cannot be read or written",
-    "PLM402": "an artifact that does not fit its record",
-    "PLM501": "a file or folder that cannot be written or read",
+    "PLM303": "settings that do not fit the model or the data",
+    "PLM401": "a model or artifact that cannot be read",
+    "PLM402": "an artifact that is not what its lock file records",
+    "PLM501": "a file or directory that cannot be written",
     "PLM502": "a command line argument that is not valid here",
-    "PLM503": "the work of an earlier run that was cut off",
-    "PLM504": "memory that does not suffice",
+    "PLM503": "unfinished work of an earlier run",
+    "PLM504": "out of memory",
     "PLM505": "a search without a trial that reaches the target",
 }
 """What each code means. Blocks of a hundred: files, recipe, matching, data, artifact, the rest."""
+
+HELP_FILE = Path(__file__).with_name("diagnostics_help.yaml")
+"""For each code its cause, what to do, and an example: a command with its real output."""
 
 _EXCERPT = 96  # columns of a source line that are shown
 
 
 @dataclass(frozen=True)
-class Place:
+class Explanation:
+    """A code in full; `example` is empty where none can be reproduced."""
+
+    code: str
+    meaning: str
+    why: str
+    fix: str
+    example: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """Return plain values."""
+        return asdict(self)
+
+
+@cache
+def explanations() -> dict[str, Explanation]:
+    """Return the explanation of every code, in the order of `CODES`."""
+    texts = yaml.safe_load(HELP_FILE.read_text(encoding="utf-8"))
+    return {code: Explanation(code, meaning, **texts[code]) for code, meaning in CODES.items()}
+
+
+@dataclass(frozen=True)
+class Location:
     """A token in a text: file, line and column (both from 1), its length, and the whole line."""
 
     file: str
@@ -87,42 +116,42 @@ class Place:
 class Diagnostic:
     """One user error.
 
-    `place` is a `Place` in a text, or words for any other place: `data.csv:17`, `model:
-    bert.embeddings`. `given` and `allowed` are short texts, `cure` a sentence that says what to do.
+    `location` is a `Location` in a text, or words for any other one: `data.csv:17`, `model:
+    bert.embeddings`. `got` and `allowed` are short texts, `hint` says what to do.
     """
 
     code: str
     message: str
-    place: Place | str = ""
-    given: str = ""
+    location: Location | str = ""
+    got: str = ""
     allowed: str = ""
-    cure: str = ""
+    hint: str = ""
 
     def __post_init__(self) -> None:
         assert self.code in CODES, f"no meaning for {self.code} in CODES"
 
     def render(self) -> str:
-        """Return the error as text: where, what, the line with a caret, given, allowed, cure."""
-        where = f"{self.place}: " if str(self.place) else ""
+        """Return the error as text: location, message, line with a caret, got, allowed, hint."""
+        where = f"{self.location}: " if str(self.location) else ""
         lines = [f"{where}error {self.code}: {self.message}"]
-        if isinstance(self.place, Place) and self.place.excerpt.strip():
-            lines += _underlined(self.place)
-        named = (("given", self.given), ("allowed", self.allowed), ("help", self.cure))
+        if isinstance(self.location, Location) and self.location.excerpt.strip():
+            lines += _underlined(self.location)
+        named = (("got", self.got), ("allowed", self.allowed), ("hint", self.hint))
         lines += [f"  {name}: {value}" for name, value in named if value]
         return "\n".join(_printable(line) for line in lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the error as plain values, with `file`, `line` and `column` if it is in a text."""
-        values = {"code": self.code, "message": self.message, "place": str(self.place)}
-        values |= {"given": self.given, "allowed": self.allowed, "cure": self.cure}
-        if not isinstance(self.place, Place):
+        values = {"code": self.code, "message": self.message, "location": str(self.location)}
+        values |= {"got": self.got, "allowed": self.allowed, "hint": self.hint}
+        if not isinstance(self.location, Location):
             return values
-        place = self.place
+        location = self.location
         return values | {
-            "file": place.file,
-            "line": place.line,
-            "column": place.column,
-            "excerpt": place.excerpt,
+            "file": location.file,
+            "line": location.line,
+            "column": location.column,
+            "excerpt": location.excerpt,
         }
 
 
@@ -130,7 +159,7 @@ class PlmccError(ValueError):
     """A user error, or several found together: text and exit code 1, never a traceback."""
 
     def __init__(self, *diagnostics: Diagnostic) -> None:
-        assert diagnostics, "an error without a diagnostic says nothing"
+        assert diagnostics, "an error needs a diagnostic"
         super().__init__(*diagnostics)
         self.diagnostics: tuple[Diagnostic, ...] = diagnostics
 
@@ -141,7 +170,7 @@ class PlmccError(ValueError):
         """Return all diagnostics as text, one paragraph each."""
         return "\n".join(diagnostic.render() for diagnostic in self.diagnostics)
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[dict[str, object]]:
         """Return all diagnostics as plain values."""
         return [diagnostic.to_json() for diagnostic in self.diagnostics]
 
@@ -149,14 +178,14 @@ class PlmccError(ValueError):
 def error(
     code: str,
     message: str,
-    place: Place | str = "",
+    location: Location | str = "",
     *,
-    given: str = "",
+    got: str = "",
     allowed: str = "",
-    cure: str = "",
+    hint: str = "",
 ) -> PlmccError:
     """Return an error with one diagnostic, ready to raise; arguments as those of `Diagnostic`."""
-    return PlmccError(Diagnostic(code, message, place, given, allowed, cure))
+    return PlmccError(Diagnostic(code, message, location, got, allowed, hint))
 
 
 def nearest(name: object, names: Iterable[str]) -> str | None:
@@ -179,14 +208,14 @@ def listing(names: Sequence[str], limit: int = 24) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _underlined(place: Place) -> list[str]:
-    start = max(0, place.column - 1 - _EXCERPT // 2)
-    text = place.excerpt[start : start + _EXCERPT].replace("\t", " ")
-    before = place.column - 1 - start
-    token = text[before : before + place.width]
-    margin = " " * len(str(place.line))
+def _underlined(location: Location) -> list[str]:
+    start = max(0, location.column - 1 - _EXCERPT // 2)
+    text = location.excerpt[start : start + _EXCERPT].replace("\t", " ")
+    before = location.column - 1 - start
+    token = text[before : before + location.width]
+    margin = " " * len(str(location.line))
     return [
-        f"  {place.line} | {text.rstrip()}",
+        f"  {location.line} | {text.rstrip()}",
         f"  {margin} | {' ' * _columns(text[:before])}{'^' * max(1, _columns(token))}",
     ]
 

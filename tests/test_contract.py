@@ -1,12 +1,12 @@
 """What every pass must satisfy, on every tiny architecture. A new pass needs no edit here.
 
 A pass whose defaults do not fit models of width 32 with 99 tokens says so in its own test file:
-`tests/passes/test_<name>.py` assigns a literal `OPTIONS = {...}`, which is read from there.
+`tests/passes/test_<name>.py` (or a file of `tests/passes/<name>/`) assigns a literal
+`OPTIONS = {...}`, which is read from there.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import json
 import os
@@ -21,13 +21,18 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from tiny import NAMES, inputs, prompt, tiny
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, Trainer, TrainingArguments
 
-from plmcc import catalog, contract, pass_contract, rewrite
+from plmcc import rewrite
 from plmcc.api import Pass, Site
+from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import PlmccError
+from plmcc.ir.program import Program
+from plmcc.testing import model_checks as contract
+from plmcc.testing import pass_checks as pass_contract
+from support.pass_options import TESTS, options_of
+from support.tiny_models import NAMES, inputs, prompt, tiny
 
 # What prepares model and tokenizer before anything is matched rewrites no module.
 PASSES = [name for name in catalog.names() if catalog.load(name).prepare is Pass.prepare]
@@ -60,13 +65,13 @@ class Case:
     def prompt(self) -> dict[str, Tensor]:
         return self._placed(prompt(self.model))
 
-    def labelled(self) -> dict[str, Tensor]:
+    def labeled(self) -> dict[str, Tensor]:
         given = self.inputs()
         source = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
         return given | {"labels": given[source]}
 
     def kit(self) -> pass_contract.Case:
-        return pass_contract.Case(small(self.name), self.original, self.inputs(), self.labelled())
+        return pass_contract.Case(small(self.name), self.original, self.inputs(), self.labeled())
 
     def _placed(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -116,19 +121,9 @@ on_a_few = pytest.mark.parametrize(
 )
 
 
-def file_of(name: str) -> Path:
-    return Path(__file__).parent / "passes" / f"test_{name}.py"
-
-
-@functools.cache
 def small(name: str) -> Pass:
     """A pass with options that fit tiny models."""
-    file = file_of(name)
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPTIONS":
-            return catalog.load(name)(**ast.literal_eval(node.value))
-    return catalog.load(name)()
+    return catalog.load(name)(**options_of(name))
 
 
 @functools.cache
@@ -193,7 +188,7 @@ def assert_same_state(one: nn.Module, two: nn.Module) -> None:
     "name", [n for n in PASSES if catalog.entry(n).module == f"plmcc.passes.{n}"]
 )
 def test_a_shipped_pass_has_tests_of_its_own(name: str) -> None:
-    assert file_of(name).exists()
+    assert (TESTS / f"test_{name}.py").exists() or list((TESTS / name).glob("test_*.py"))
 
 
 @pytest.mark.parametrize("check", pass_contract.ALONE)
@@ -214,7 +209,7 @@ def test_a_pass_fits_some_architecture(name: str) -> None:
     assert any(not refusal(name, model) for model in NAMES)
 
 
-ON_ONE = ("wrong_uses_are_errors", "layouts_are_json")
+ON_ONE = ("wrong_uses_are_errors", "layouts_are_json", "it_works_without_data")
 IN_FLOAT32 = ("sites_have_all_tied_paths", "hardening_keeps_the_function")
 
 
@@ -256,15 +251,22 @@ def test_the_contract(check: str, written: Written) -> None:
 @on_a_few
 def test_a_reloaded_model_trains_under_trainer(written: Written, tmp_path: Path) -> None:
     case, model = replace(written.case), reloaded(written)
-    batch = case.labelled()
+    batch = case.labeled()
     rows = [
         {name: value[row] for name, value in batch.items()} for row in range(len(batch["labels"]))
     ]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"), max_steps=8, per_device_train_batch_size=3,
-        learning_rate=5e-3, report_to="none", save_strategy="no", logging_steps=1,
-        disable_tqdm=True, use_cpu=case.device == "cpu", dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "run"),
+        max_steps=8,
+        per_device_train_batch_size=3,
+        learning_rate=5e-3,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=case.device == "cpu",
+        dataloader_pin_memory=False,
+    )
     trainer = Trainer(
         model=model, args=arguments, train_dataset=Dataset.from_list(rows).with_format("torch")
     )
@@ -316,15 +318,22 @@ def test_without_plmcc_nothing_loads(
 ) -> None:
     cases = [keep(Case(name, model)) for model in NAMES if not refusal(name, model)]
     # A shorter stack has all of its own weights: a concrete class loads it as it is, rightly.
-    cases = [made for made in cases if any(site.kind != "stack" for site in made.sites)]
+    cases = [
+        made
+        for made in cases
+        if any(site.kind != "stack" for site in made.sites) or Program(made.model).sharing()
+    ]
     tiny("bert").save_pretrained(tmp_path)
     asked = [(str(tmp_path), "BertForMaskedLM")]
     asked += [(str(made.folder), type(made.model).__name__) for made in cases]
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT, json.dumps(asked)],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     plain = {key: reason for key, reason in found.items() if key.startswith(str(tmp_path))}

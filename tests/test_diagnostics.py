@@ -12,7 +12,7 @@ import plmcc
 from plmcc.diagnostics import (
     CODES,
     Diagnostic,
-    Place,
+    Location,
     PlmccError,
     did_you_mean,
     error,
@@ -22,21 +22,23 @@ from plmcc.diagnostics import (
 
 
 def test_a_diagnostic_as_a_compiler_prints_it() -> None:
-    place = Place("recipe.yaml", 3, 5, 8, "    codeboks: 8")
-    found = Diagnostic("PLM101", "unknown key `codeboks`", place, "8", "a, b", "did you mean `a`?")
+    location = Location("recipe.yaml", 3, 5, 8, "    codeboks: 8")
+    found = Diagnostic(
+        "PLM101", "unknown key `codeboks`", location, "8", "a, b", "did you mean `a`?"
+    )
     assert found.render() == (
         "recipe.yaml:3:5: error PLM101: unknown key `codeboks`\n"
         "  3 |     codeboks: 8\n"
         "    |     ^^^^^^^^\n"
-        "  given: 8\n"
+        "  got: 8\n"
         "  allowed: a, b\n"
-        "  help: did you mean `a`?"
+        "  hint: did you mean `a`?"
     )
 
 
 def test_a_place_in_words() -> None:
-    found = error("PLM301", "a row without text", "data.csv:17", cure="remove it")
-    assert found.render() == "data.csv:17: error PLM301: a row without text\n  help: remove it"
+    found = error("PLM301", "a row without text", "data.csv:17", hint="remove it")
+    assert found.render() == "data.csv:17: error PLM301: a row without text\n  hint: remove it"
     assert error("PLM301", "lost").render() == "error PLM301: lost"
 
 
@@ -53,34 +55,34 @@ def test_a_place_in_words() -> None:
 def test_the_caret_stands_below_the_token(
     excerpt: str, column: int, width: int, shown: str, caret: str
 ) -> None:
-    lines = Diagnostic("PLM010", "x", Place("f", 7, column, width, excerpt)).render().split("\n")
+    lines = Diagnostic("PLM010", "x", Location("f", 7, column, width, excerpt)).render().split("\n")
     assert lines[1:] == [f"  7 | {shown}", f"    | {caret}"]
 
 
 def test_a_long_line_is_cut_around_the_token() -> None:
-    place = Place("f", 1, 501, 3, "x" * 500 + "abc" + "y" * 500)
-    _, line, caret = Diagnostic("PLM010", "x", place).render().split("\n")
+    location = Location("f", 1, 501, 3, "x" * 500 + "abc" + "y" * 500)
+    _, line, caret = Diagnostic("PLM010", "x", location).render().split("\n")
     assert len(line) < 120
     assert line[caret.index("^") :].startswith("abc")
     assert caret.count("^") == 3
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    text = error("PLM001", "no \x1b[31mfile", "a\nb", given="\x07").render()
+    text = error("PLM001", "no \x1b[31mfile", "a\nb", got="\x07").render()
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "a\\x0ab" in text
 
 
 def test_json() -> None:
-    found = Diagnostic("PLM101", "m", Place("f", 2, 3, 1, "abc"), "g", "a", "c").to_json()
+    found = Diagnostic("PLM101", "m", Location("f", 2, 3, 1, "abc"), "g", "a", "c").to_json()
     assert found == {
         "code": "PLM101",
         "message": "m",
-        "place": "f:2:3",
-        "given": "g",
+        "location": "f:2:3",
+        "got": "g",
         "allowed": "a",
-        "cure": "c",
+        "hint": "c",
         "file": "f",
         "line": 2,
         "column": 3,
@@ -117,8 +119,9 @@ def test_a_code_needs_a_meaning() -> None:
 
 
 def test_every_code_in_the_sources_has_a_meaning_and_its_block() -> None:
-    sources = Path(plmcc.__file__).parent.glob("*.py")
+    sources = list(Path(plmcc.__file__).parent.rglob("*.py"))
     used = {code for file in sources for code in re.findall(r"PLM\d+", file.read_text("utf-8"))}
+    assert len(sources) > 100
     assert used <= set(CODES)
     assert all(re.fullmatch(r"PLM[0-5]\d\d", code) for code in CODES)
     assert len(set(CODES.values())) == len(CODES)

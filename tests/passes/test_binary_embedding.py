@@ -11,14 +11,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 from scipy.stats import spearmanr
-from tables import check_calls, gemma, hardened, refused, replaced, site, toy
-from tiny import NAMES, VOCAB, inputs, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plmcc import rewrite
-from plmcc.passes._binary import (
-    Binariser,
+from plmcc.artifact.size import module_bytes
+from plmcc.ir.calibration import CalibrationData
+from plmcc.kit import Trainable
+from plmcc.passes._shared.binarize import (
+    Binarizer,
     codes_of,
     glibc_rand,
     gradients,
@@ -26,25 +27,39 @@ from plmcc.passes._binary import (
     orthogonality_gradient,
     sokal_michener,
 )
-from plmcc.passes._bits import pack, unpack
-from plmcc.passes._tables import SoftCodes
+from plmcc.passes._shared.bits import pack, unpack
 from plmcc.passes.binary_embedding import BinaryCodedEmbedding, BinaryEmbedding
-from plmcc.size import module_bytes
+from support.embedding_tables import (
+    PROGRAM,
+    check_calls,
+    gemma,
+    hardened,
+    refused,
+    replaced,
+    site,
+    toy,
+)
+from support.tiny_models import NAMES, VOCAB, inputs, tiny
 
 OPTIONS = {"bits": 12, "epochs": 3}
 """For tiny models; `tests/test_contract.py` reads it."""
 
 
-def binariser(**options: Any) -> Binariser:
+def binarizer(**options: Any) -> Binarizer:
     known: dict[str, Any] = {
-        "bits": 64, "activation": "hard_tanh", "official": True, "epochs": 1, "batch_size": 75,
-        "learning_rate": 0.001, "regularisation": 1.0,
-    }  # fmt: skip
-    return Binariser(**(known | options))
+        "bits": 64,
+        "activation": "hard_tanh",
+        "official": True,
+        "epochs": 1,
+        "batch_size": 75,
+        "learning_rate": 0.001,
+        "regularization": 1.0,
+    }
+    return Binarizer(**(known | options))
 
 
 def fitted(x_VD: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    return binariser(**options).fit(x_VD, lambda _: None)
+    return binarizer(**options).fit(x_VD, lambda _: None)
 
 
 def clipped(rows: int = 2000, dims: int = 32) -> Tensor:
@@ -52,16 +67,16 @@ def clipped(rows: int = 2000, dims: int = 32) -> Tensor:
 
 
 def test_steps_of_large_tables_take_a_thousandth_of_them() -> None:
-    sizes = [BinaryEmbedding()._binariser(rows).batch_size for rows in (2000, 75_999, 400_000)]
+    sizes = [BinaryEmbedding()._binarizer(rows).batch_size for rows in (2000, 75_999, 400_000)]
     assert sizes == [75, 75, 400]
-    assert BinaryEmbedding(preset="official")._binariser(400_000).batch_size == 75
-    assert BinaryEmbedding(batch_size=10)._binariser(400_000).batch_size == 10
+    assert BinaryEmbedding(preset="official")._binarizer(400_000).batch_size == 75
+    assert BinaryEmbedding(batch_size=10)._binarizer(400_000).batch_size == 10
 
 
 @functools.cache
-def soft(bits: int, preset: str = "paper") -> SoftCodes[BinaryCodedEmbedding]:
-    made = BinaryEmbedding(bits=bits, preset=preset, epochs=8).replace(site(toy() * 0.05))
-    assert isinstance(made, SoftCodes)
+def soft(bits: int, preset: str = "paper") -> Trainable[BinaryCodedEmbedding]:
+    made = BinaryEmbedding(bits=bits, preset=preset, epochs=8).replace(site(toy() * 0.05), PROGRAM)
+    assert isinstance(made, Trainable)
     return made
 
 
@@ -173,7 +188,7 @@ def test_similarity_is_kept_better_with_more_bits_and_than_by_random_planes(pres
     kept, table = [], toy()
     for bits in (64, 128, 256):
         made = soft(bits, preset)
-        codes = unpack(made.coded.codes, bits, 1).bool()
+        codes = unpack(made.hard.codes, bits, 1).bool()
         torch.manual_seed(0)
         planes = codes_of(table, torch.randn(bits, 32))
         one, two = torch.randint(0, len(table), (2, 5000))
@@ -182,20 +197,24 @@ def test_similarity_is_kept_better_with_more_bits_and_than_by_random_planes(pres
             spearmanr(cosine, sokal_michener(c[one], c[two])).statistic for c in (codes, planes)
         )
         assert ours > theirs
-        assert made.facts()["similarity"] == pytest.approx(ours, abs=0.02)
-        assert made.facts()["ones"] == pytest.approx(0.5, abs=0.05)
-        assert made.facts()["distinct_codes"] == 1.0
+        assert made.statistics()["similarity"] == pytest.approx(ours, abs=0.02)
+        assert made.statistics()["ones"] == pytest.approx(0.5, abs=0.05)
+        assert made.statistics()["distinct_codes"] == 1.0
         kept.append(ours)
     assert kept == sorted(kept)
 
 
 def test_more_bits_reconstruct_better_and_small_tables_need_their_scale() -> None:
-    errors = [soft(bits).facts()["relative_error"] for bits in (16, 64, 256)]
+    errors = [soft(bits).statistics()["relative_error"] for bits in (16, 64, 256)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] < 0.8
     assert errors[-1] < 0.3
     table = toy()
-    expected = BinaryEmbedding(bits=64, epochs=8).replace(site(table)).facts()["relative_error"]
+    expected = (
+        BinaryEmbedding(bits=64, epochs=8)
+        .replace(site(table), PROGRAM)
+        .statistics()["relative_error"]
+    )
     assert errors[1] == pytest.approx(expected, rel=0.05)
 
 
@@ -221,10 +240,10 @@ def test_packed_codes_are_the_words_of_the_programs_files() -> None:
 
 @pytest.mark.parametrize("bits", [1, 7, 64, 65, 100])
 def test_any_number_of_bits_is_kept(bits: int) -> None:
-    made = BinaryEmbedding(bits=bits, epochs=1).replace(site(toy(500)))
-    assert isinstance(made, SoftCodes)
-    codes = unpack(made.coded.codes, bits, 1)
-    assert made.coded.codes.shape == (500, -(-bits // 8))
+    made = BinaryEmbedding(bits=bits, epochs=1).replace(site(toy(500)), PROGRAM)
+    assert isinstance(made, Trainable)
+    codes = unpack(made.hard.codes, bits, 1)
+    assert made.hard.codes.shape == (500, -(-bits // 8))
     varied = (codes.float().mean(0) > 0) & (codes.float().mean(0) < 1)
     assert varied.float().mean() > 0.9
 
@@ -232,9 +251,9 @@ def test_any_number_of_bits_is_kept(bits: int) -> None:
 def test_rows_are_what_the_decoder_makes_of_the_encoders_bits() -> None:
     """Tied: the stored decoder is the weight whose sign of W·x the codes are."""
     table = toy(300) * 0.05
-    made = BinaryEmbedding(bits=48, epochs=2).replace(site(table))
-    assert isinstance(made, SoftCodes)
-    coded = made.coded
+    made = BinaryEmbedding(bits=48, epochs=2).replace(site(table), PROGRAM)
+    assert isinstance(made, Trainable)
+    coded = made.hard
     x_VD = (table / coded.span).clamp(-1, 1)
     assert float(table.std() / coded.span) == pytest.approx(1 / 3, rel=0.02)
     bits = x_VD @ coded.decoder.T > 0
@@ -269,12 +288,17 @@ def test_exact_sizes(rows: int, dims: int, size: int) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        {}, {"activation": "hard_tanh"}, {"activation": "none"},
-        {"activation": "none", "padding_idx": 7, "zero_padding": True}, {"padding_idx": 7},
-        {"padding_idx": 7, "zero_padding": True}, {"scale": 5.65}, {"bits": 64},
+        {},
+        {"activation": "hard_tanh"},
+        {"activation": "none"},
+        {"activation": "none", "padding_idx": 7, "zero_padding": True},
+        {"padding_idx": 7},
+        {"padding_idx": 7, "zero_padding": True},
+        {"scale": 5.65},
+        {"bits": 64},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_lookup_and_head_are_those_of_the_dense_table(
     layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +319,7 @@ def test_lookup_and_head_are_those_of_the_dense_table(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_has_a_table(name: str) -> None:
-    """Factorised tables (ALBERT, ELECTRA) too; positions and token types are left alone."""
+    """Factorized tables (ALBERT, ELECTRA) too; positions and token types are left alone."""
     model = tiny(name)
     ((_, found),) = rewrite.match(model, [BinaryEmbedding(**OPTIONS)]).sites
     assert ("head" in found.roles) == (name not in {"llama", "t5_gated"})
@@ -308,7 +332,7 @@ def test_scaled_embeddings_keep_their_scale() -> None:
     before = model.get_input_embeddings()(torch.arange(VOCAB)).abs().mean()
     (done,) = replaced(model, BinaryEmbedding(bits=24, epochs=20, batch_size=16))
     soft = model.get_input_embeddings()
-    assert soft.coded.scale == pytest.approx(32**0.5)
+    assert soft.hard.scale == pytest.approx(32**0.5)
     torch.testing.assert_close(soft(torch.arange(VOCAB)), soft.weight * 32**0.5)
     after = soft(torch.arange(VOCAB)).abs().mean()
     assert 0.25 * before < after < before
@@ -331,7 +355,7 @@ def test_three_tied_tables_stay_one() -> None:
 
 def test_codes_are_frozen_and_the_decoder_learns() -> None:
     (done,) = replaced(tiny("bert"), BinaryEmbedding(**OPTIONS, decoder_learning_rate=0.5))
-    assert [n for n, _ in done.soft.named_parameters()] == ["coded.decoder", "coded.bias"]
+    assert [n for n, _ in done.soft.named_parameters()] == ["hard.decoder", "hard.bias"]
     assert done.objective is not None
     (group,) = done.objective.parameter_groups()
     assert (group["params"], group["lr"]) == (list(done.soft.parameters()), 0.5)
@@ -345,15 +369,17 @@ def test_words_that_the_data_has_often_are_nearer() -> None:
         model: Any = tiny("bert")
         table = model.get_input_embeddings().weight.detach().clone()
         chosen = BinaryEmbedding(bits=12, epochs=60, frequency_power=power)
-        (done,) = rewrite.replace_all(model, rewrite.match(model, [chosen], counts=counts))
+        (done,) = rewrite.replace_all(
+            model, rewrite.match(model, [chosen], data=CalibrationData(counts=counts))
+        )
         errors.append((done.soft(torch.arange(VOCAB)) - table).square().sum(1).detach())
     assert errors[1][20:30].sum() < 0.9 * errors[0][20:30].sum()
 
 
 def test_the_seed_decides_and_the_random_state_is_left_alone() -> None:
     def made(seed: int) -> Tensor:
-        made = BinaryEmbedding(bits=20, epochs=1, seed=seed).replace(site(toy(300)))
-        assert isinstance(made, SoftCodes)
+        made = BinaryEmbedding(bits=20, epochs=1, seed=seed).replace(site(toy(300)), PROGRAM)
+        assert isinstance(made, Trainable)
         rows: Tensor = made(torch.arange(9))
         return rows
 
@@ -367,9 +393,9 @@ def test_the_seed_decides_and_the_random_state_is_left_alone() -> None:
 
 
 def test_a_table_of_zeros() -> None:
-    made = BinaryEmbedding(bits=4, epochs=1).replace(site(torch.zeros(50, 8)))
+    made = BinaryEmbedding(bits=4, epochs=1).replace(site(torch.zeros(50, 8)), PROGRAM)
     assert made(torch.arange(50)).isfinite().all()
-    assert all(np.isfinite(value) for value in made.facts().values())
+    assert all(np.isfinite(value) for value in made.statistics().values())
 
 
 # --- bad input
@@ -382,14 +408,14 @@ def test_a_table_that_is_not_finite_is_refused_by_name(value: float) -> None:
     found = refused(model, BinaryEmbedding(**OPTIONS))
     assert found.code == "PLM203"
     assert "not finite" in found.message
-    assert "bert.embeddings.word_embeddings" in f"{found.place}"
+    assert "bert.embeddings.word_embeddings" in f"{found.location}"
 
 
 def test_codes_and_decoder_larger_than_the_table_are_refused() -> None:
     found = refused(tiny("bert"), BinaryEmbedding(bits=200))
     assert found.code == "PLM203"
-    assert "bert.embeddings.word_embeddings" in found.given
-    assert "200 bits a row and the decoder would be larger than the 99 x 32 table" in found.given
+    assert "bert.embeddings.word_embeddings" in found.got
+    assert "200 bits a row and the decoder would be larger than the 99 x 32 table" in found.got
 
 
 def test_two_passes_cannot_have_one_table() -> None:
@@ -402,12 +428,18 @@ def test_two_passes_cannot_have_one_table() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"bits": 0}, {"bits": -8}, {"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0},
-        {"regularisation": -1.0}, {"preset": "thesis"}, {"activation": "relu"},
+        {"bits": 0},
+        {"bits": -8},
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"regularization": -1.0},
+        {"preset": "thesis"},
+        {"activation": "relu"},
         {"preset": "official", "seed": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_options_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         BinaryEmbedding(**wrong)

@@ -17,25 +17,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from sklearn.cluster import KMeans
-from tiny import NAMES, VOCAB, inputs, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plmcc import Pipeline, rewrite
-from plmcc.api import Site
+from plmcc.artifact.size import module_bytes
 from plmcc.diagnostics import PlmccError
-from plmcc.passes._autoencoder import CodeAutoencoder, fit_autoencoder
-from plmcc.passes._bits import bits_for, pack, row_bytes, unpack
-from plmcc.passes._residual import decode, encode, residual_quantise
-from plmcc.passes._tables import LearningRate, SoftCodes
+from plmcc.ir.calibration import CalibrationData
+from plmcc.kit import LearningRate, Trainable
+from plmcc.passes._shared.bits import bits_for, pack, row_bytes, unpack
 from plmcc.passes.compositional_codes import CodedEmbedding, CompositionalCodes
-from plmcc.progress import Progress
-from plmcc.size import module_bytes
+from plmcc.passes.compositional_codes.autoencoder import CodeAutoencoder, fit_autoencoder
+from plmcc.passes.compositional_codes.residual import decode, encode, residual_quantize
+from plmcc.utils.progress import Progress
+from support.embedding_tables import PROGRAM, site
+from support.tiny_models import NAMES, VOCAB, inputs, tiny
 
 OPTIONS = {"codebooks": 2, "codewords": 4, "beam": 2, "rounds": 1}
 """For tiny models; `tests/test_contract.py` reads it."""
 
-PAPER: dict[str, Any] = {"initialisation": "paper", "learning_rate": 5e-3, "batch_size": 128}
+PAPER: dict[str, Any] = {"initialization": "paper", "learning_rate": 5e-3, "batch_size": 128}
 
 
 @functools.cache
@@ -45,21 +46,15 @@ def toy() -> Tensor:
     return latent @ mix / 10**0.5 + 0.2 * torch.randn(4000, 32, generator=random)
 
 
-def site(table_VD: Tensor, **facts: Any) -> Site:
-    module = nn.Embedding.from_pretrained(table_VD)
-    known = {"num_embeddings": len(table_VD), "embedding_dim": table_VD.shape[1]}
-    return Site("embedding", ("table",), ("embedding",), (module,), known | facts)
-
-
 @functools.cache
-def figures(codebooks: int, codewords: int, **options: Any) -> dict[str, float]:
+def metrics(codebooks: int, codewords: int, **options: Any) -> dict[str, float]:
     """Reconstruction of the toy: `reconstruction_loss` is ½·mean ||x' - x||², the hard loss."""
     chosen = CompositionalCodes(codebooks=codebooks, codewords=codewords, **options)
-    return chosen.replace(site(toy())).facts()
+    return chosen.replace(site(toy()), PROGRAM).statistics()
 
 
 def paper(codebooks: int, codewords: int, epochs: int = 40) -> dict[str, float]:
-    return figures(codebooks, codewords, epochs=epochs, **PAPER)
+    return metrics(codebooks, codewords, epochs=epochs, **PAPER)
 
 
 def coded(rows: int = 50, codebooks: int = 3, codewords: int = 5, **layout: Any) -> CodedEmbedding:
@@ -176,12 +171,12 @@ def test_one_codeword_learns_the_mean() -> None:
         CompositionalCodes(codewords=1)
     torch.manual_seed(0)
     model = CodeAutoencoder(32, 1, 1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(200):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = model.loss(toy())
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     variance = float((toy() - toy().mean(0)).square().sum(-1).mean())
     assert loss.item() == pytest.approx(variance / 2, rel=1e-3)
 
@@ -190,29 +185,29 @@ def test_one_codebook_is_not_below_k_means() -> None:
     means = KMeans(8, n_init=5, random_state=0).fit(toy().numpy())
     bound = means.inertia_ / len(toy()) / 2
     assert paper(1, 8)["reconstruction_loss"] >= 0.999 * bound
-    assert figures(1, 8)["reconstruction_loss"] == pytest.approx(bound, rel=0.03)
+    assert metrics(1, 8)["reconstruction_loss"] == pytest.approx(bound, rel=0.03)
 
 
-@pytest.mark.parametrize("fit", [paper, figures])
+@pytest.mark.parametrize("fit", [paper, metrics])
 def test_the_hard_loss_falls_with_the_number_of_codebooks(fit: Any) -> None:
     losses = [fit(codebooks, 8)["reconstruction_loss"] for codebooks in (2, 4, 8)]
     assert losses[0] > 1.1 * losses[1] > 1.21 * losses[2]
 
 
-@pytest.mark.parametrize("fit", [paper, figures])
+@pytest.mark.parametrize("fit", [paper, metrics])
 def test_half_the_squared_mean_distance_bounds_the_hard_loss(fit: Any) -> None:
     found = fit(8, 8)
     assert 0 < 0.5 * found["mean_distance"] ** 2 <= found["reconstruction_loss"]
 
 
-@pytest.mark.parametrize("fit", [paper, figures])
+@pytest.mark.parametrize("fit", [paper, metrics])
 def test_every_codeword_is_used(fit: Any) -> None:
     assert fit(8, 8)["codewords_used"] == 1.0
 
 
 def test_residual_codes_beat_the_autoencoder_at_equal_bits() -> None:
-    assert figures(8, 8)["reconstruction_loss"] < 0.8 * paper(8, 8)["reconstruction_loss"]
-    assert figures(8, 8)["reconstruction_loss"] < 1.7
+    assert metrics(8, 8)["reconstruction_loss"] < 0.8 * paper(8, 8)["reconstruction_loss"]
+    assert metrics(8, 8)["reconstruction_loss"] < 1.7
 
 
 def test_the_autoencoder_learns_and_gets_surer_with_steps() -> None:
@@ -230,8 +225,8 @@ def test_the_autoencoder_learns_and_gets_surer_with_steps() -> None:
 
 
 def test_the_figures_are_those_of_the_module() -> None:
-    soft = CompositionalCodes(codebooks=4, codewords=8).replace(site(toy()))
-    assert isinstance(soft, SoftCodes)
+    soft = CompositionalCodes(codebooks=4, codewords=8).replace(site(toy()), PROGRAM)
+    assert isinstance(soft, Trainable)
     error_V = (soft.weight.detach() - toy()).square().sum(-1)
     spread = (toy() - toy().mean(0)).square().sum(-1).mean()
     expected = {
@@ -239,14 +234,14 @@ def test_the_figures_are_those_of_the_module() -> None:
         "mean_distance": float(error_V.sqrt().mean()),
         "relative_error": float(error_V.mean() / spread),
     }
-    assert expected == pytest.approx({k: soft.facts()[k] for k in expected}, rel=1e-4)
+    assert expected == pytest.approx({k: soft.statistics()[k] for k in expected}, rel=1e-4)
 
 
-# --- residual quantisation
+# --- residual quantization
 
 
-def quantise(rounds: int = 0, beam: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return residual_quantise(
+def quantize(rounds: int = 0, beam: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return residual_quantize(
         toy(), torch.ones(len(toy())), 6, 8, beam, rounds, seed, lambda *_: None
     )
 
@@ -256,7 +251,7 @@ def error(codes: Tensor, books: Tensor) -> float:
 
 
 def test_a_wider_beam_is_not_worse() -> None:
-    _, books = quantise()
+    _, books = quantize()
     errors = [error(encode(toy(), books, beam, lambda _: None), books) for beam in (1, 2, 8, 32)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1.01 * errors[2]
@@ -270,7 +265,7 @@ def test_a_full_beam_finds_the_best_codes() -> None:
 
 
 def test_more_rounds_of_refinement_never_raise_the_error() -> None:
-    errors = [error(*quantise(rounds)) for rounds in range(5)]
+    errors = [error(*quantize(rounds)) for rounds in range(5)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1.05 * errors[-1]
 
@@ -279,33 +274,33 @@ def test_a_table_that_is_a_sum_of_codewords_is_recovered() -> None:
     random = torch.Generator().manual_seed(3)
     books = torch.randn(2, 4, 16, generator=random) * torch.tensor([10.0, 1.0])[:, None, None]
     table = decode(torch.randint(0, 4, (500, 2), generator=random), books)
-    codes, found = residual_quantise(table, torch.ones(len(table)), 2, 4, 4, 2, 0, lambda *_: None)
+    codes, found = residual_quantize(table, torch.ones(len(table)), 2, 4, 4, 2, 0, lambda *_: None)
     torch.testing.assert_close(decode(codes, found), table, rtol=0, atol=1e-2)
 
 
 def test_chunks_do_not_change_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, books = quantise()
+    _, books = quantize()
     expected = encode(toy(), books, 4, lambda _: None)
-    monkeypatch.setattr("plmcc.passes._residual.CHUNK", 333)
+    monkeypatch.setattr("plmcc.passes.compositional_codes.residual.CHUNK", 333)
     assert torch.equal(encode(toy(), books, 4, lambda _: None), expected)
 
 
 def test_large_tables_are_fitted_on_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plmcc.passes._residual.SAMPLE", 500)
-    codes, books = quantise(1)
+    monkeypatch.setattr("plmcc.passes.compositional_codes.residual.SAMPLE", 500)
+    codes, books = quantize(1)
     assert len(codes) == len(toy())
     assert error(codes, books) < 0.5 * float(toy().square().sum())
 
 
 _PEAK = """
 import resource, torch
-from plmcc.passes._residual import residual_quantise
+from plmcc.passes.compositional_codes.residual import residual_quantize
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-residual_quantise(torch.randn(500, 256), torch.ones(500), 2, 4, 8, 1, 0, lambda *_: None)
+residual_quantize(torch.randn(500, 256), torch.ones(500), 2, 4, 8, 1, 0, lambda *_: None)
 table = torch.randn(50_000, 256)
 before = peak()
-residual_quantise(table, torch.ones(len(table)), 2, 16, 8, 1, 0, lambda *_: None)
+residual_quantize(table, torch.ones(len(table)), 2, 16, 8, 1, 0, lambda *_: None)
 print(peak() - before)
 """
 
@@ -442,19 +437,19 @@ def test_a_zero_padding_row_stays_zero_while_codebooks_move() -> None:
 def test_the_padding_row_is_kept_as_it_was(zero: bool) -> None:
     table = toy().clone()
     table[5] *= 0.0 if zero else 1.0
-    soft = CompositionalCodes(codebooks=4, codewords=8).replace(site(table, padding_idx=5))
-    assert isinstance(soft, SoftCodes)
-    assert soft.coded.zero_padding is zero
+    soft = CompositionalCodes(codebooks=4, codewords=8).replace(site(table, padding_idx=5), PROGRAM)
+    assert isinstance(soft, Trainable)
+    assert soft.hard.zero_padding is zero
     assert bool(soft(torch.tensor([5])).any()) is not zero
     soft(torch.tensor([5])).sum().backward()
-    assert not soft.coded.codebooks.grad.any()
+    assert not soft.hard.codebooks.grad.any()
 
 
 def test_embed_scale_is_kept() -> None:
     model = tiny("mbart")
     before = model.get_input_embeddings()(torch.arange(VOCAB)).abs().mean()
     soft = replaced(model, codebooks=4, codewords=16)
-    assert soft.coded.scale == pytest.approx(32**0.5)
+    assert soft.hard.scale == pytest.approx(32**0.5)
     after = soft(torch.arange(VOCAB)).abs().mean()
     assert after.item() == pytest.approx(before.item(), rel=0.25)
     hidden = torch.randn(2, 32)
@@ -462,21 +457,21 @@ def test_embed_scale_is_kept() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("initialisation", ["residual", "paper"])
-def test_tables_of_lower_precision(dtype: torch.dtype, initialisation: str) -> None:
+@pytest.mark.parametrize("initialization", ["residual", "paper"])
+def test_tables_of_lower_precision(dtype: torch.dtype, initialization: str) -> None:
     chosen = CompositionalCodes(
         codebooks=4,
         codewords=8,
         epochs=2,
-        initialisation=initialisation,
+        initialization=initialization,
     )
-    half = chosen.replace(site(toy().to(dtype)))
-    single = chosen.replace(site(toy().to(dtype).float()))
-    assert isinstance(half, SoftCodes)
-    assert isinstance(single, SoftCodes)
+    half = chosen.replace(site(toy().to(dtype)), PROGRAM)
+    single = chosen.replace(site(toy().to(dtype).float()), PROGRAM)
+    assert isinstance(half, Trainable)
+    assert isinstance(single, Trainable)
     ids = torch.arange(10)
     assert half(ids).dtype == half.attend(toy()[:2].to(dtype)).dtype == dtype
-    assert torch.equal(half.coded.codes, single.coded.codes)
+    assert torch.equal(half.hard.codes, single.hard.codes)
     torch.testing.assert_close(half(ids).float(), single(ids), rtol=2e-2, atol=2e-2)
 
 
@@ -486,17 +481,17 @@ def test_an_empty_lookup() -> None:
 
 def test_saved_codebooks_have_the_usual_layout_in_memory() -> None:
     """Else kernels differ between the model in memory and the one that was loaded."""
-    soft = CompositionalCodes(codebooks=4, codewords=8).replace(site(toy()))
+    soft = CompositionalCodes(codebooks=4, codewords=8).replace(site(toy()), PROGRAM)
     assert all(value.is_contiguous() for value in soft.state_dict().values())
 
 
 # --- fitting in models
 
 
-def replaced(model: Any, **options: Any) -> SoftCodes[CodedEmbedding]:
+def replaced(model: Any, **options: Any) -> Trainable[CodedEmbedding]:
     found = rewrite.match(model, [CompositionalCodes(**(OPTIONS | options))])
     (done,) = rewrite.replace_all(model, found)
-    assert isinstance(done.soft, SoftCodes)
+    assert isinstance(done.soft, Trainable)
     return done.soft
 
 
@@ -516,27 +511,29 @@ def test_every_architecture_has_a_table(name: str) -> None:
     assert model.get_input_embeddings() in found.modules
 
 
-@pytest.mark.parametrize("initialisation", ["residual", "product"])
-def test_words_that_the_data_has_often_are_nearer(initialisation: str) -> None:
+@pytest.mark.parametrize("initialization", ["residual", "product"])
+def test_words_that_the_data_has_often_are_nearer(initialization: str) -> None:
     counts = torch.zeros(60, dtype=torch.long)  # of 99: ids beyond do not occur
     counts[20:30] = 5000
-    options: dict[str, Any] = {"codebooks": 4, "codewords": 4, "initialisation": initialisation}
+    options: dict[str, Any] = {"codebooks": 4, "codewords": 4, "initialization": initialization}
     errors = []
     for power in (0.0, 1.0):
         model: Any = tiny("bert")
         table = model.get_input_embeddings().weight.detach().clone()
         chosen = CompositionalCodes(**(options | {"frequency_power": power}))
-        (done,) = rewrite.replace_all(model, rewrite.match(model, [chosen], counts=counts))
+        (done,) = rewrite.replace_all(
+            model, rewrite.match(model, [chosen], data=CalibrationData(counts=counts))
+        )
         errors.append((done.soft(torch.arange(VOCAB)) - table).square().sum(1).detach())
     assert errors[1][20:30].sum() < 0.7 * errors[0][20:30].sum()
     assert errors[1].sum() > errors[0].sum()
 
 
-@pytest.mark.parametrize("initialisation", ["residual", "paper"])
-def test_the_seed_decides(initialisation: str) -> None:
+@pytest.mark.parametrize("initialization", ["residual", "paper"])
+def test_the_seed_decides(initialization: str) -> None:
     def codes(seed: int) -> Tensor:
         model = tiny("bert")
-        return replaced(model, initialisation=initialisation, epochs=3, seed=seed).coded.weight
+        return replaced(model, initialization=initialization, epochs=3, seed=seed).hard.weight
 
     torch.manual_seed(1)
     first = codes(3)
@@ -545,11 +542,11 @@ def test_the_seed_decides(initialisation: str) -> None:
     assert not torch.equal(first, codes(4))
 
 
-@pytest.mark.parametrize("initialisation", ["residual", "paper"])
-def test_fitting_leaves_the_random_state_alone(initialisation: str) -> None:
+@pytest.mark.parametrize("initialization", ["residual", "paper"])
+def test_fitting_leaves_the_random_state_alone(initialization: str) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    replaced(tiny("bert"), initialisation=initialisation, epochs=2)
+    replaced(tiny("bert"), initialization=initialization, epochs=2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -560,7 +557,7 @@ def test_a_table_that_is_not_finite_is_refused_by_name(value: float) -> None:
     found = refused(model, CompositionalCodes(**OPTIONS))
     assert found.code == "PLM203"
     assert "not finite" in found.message
-    assert "bert.embeddings.word_embeddings" in f"{found.place}"
+    assert "bert.embeddings.word_embeddings" in f"{found.location}"
 
 
 @pytest.mark.parametrize(
@@ -572,8 +569,8 @@ def test_a_table_that_is_not_finite_is_refused_by_name(value: float) -> None:
 )
 def test_options_that_do_not_fit_the_table(options: dict[str, int], reason: str) -> None:
     found = refused(tiny("bert"), CompositionalCodes(**options))
-    assert (found.code, "bert.embeddings.word_embeddings" in found.given) == ("PLM203", True)
-    assert reason in found.given
+    assert (found.code, "bert.embeddings.word_embeddings" in found.got) == ("PLM203", True)
+    assert reason in found.got
 
 
 def test_a_miss_does_not_stop_other_tables() -> None:
@@ -601,7 +598,7 @@ def test_two_passes_cannot_have_one_table() -> None:
         {"rounds": -1},
         {"epochs": 0},
         {"temperature": 0.0},
-        {"initialisation": "kmeans"},
+        {"initialization": "kmeans"},
         {"seed": -1},
     ],
     ids=str,
@@ -613,8 +610,8 @@ def test_options_out_of_range(wrong: dict[str, Any]) -> None:
 
 def test_codes_are_frozen_and_codebooks_learn() -> None:
     soft = replaced(tiny("bert"))
-    assert [name for name, _ in soft.named_parameters()] == ["coded.codebooks"]
-    assert not soft.coded.codes.requires_grad
+    assert [name for name, _ in soft.named_parameters()] == ["hard.codebooks"]
+    assert not soft.hard.codes.requires_grad
 
 
 def test_codebooks_may_have_a_learning_rate_of_their_own() -> None:
@@ -622,7 +619,7 @@ def test_codebooks_may_have_a_learning_rate_of_their_own() -> None:
     own = CompositionalCodes(**OPTIONS, codebook_learning_rate=0.5).objective(site(toy()), soft)
     assert isinstance(own, LearningRate)
     (group,) = own.parameter_groups()
-    assert (group["params"], group["lr"]) == ([soft.coded.codebooks], 0.5)
+    assert (group["params"], group["lr"]) == ([soft.hard.codebooks], 0.5)
     assert CompositionalCodes(**OPTIONS).objective(site(toy()), soft) is None
 
 
@@ -643,7 +640,7 @@ def product(table: torch.Tensor, **options: Any) -> tuple[Any, Any]:
     holder: Any = model.get_input_embeddings()
     holder.weight = nn.Parameter(table)
     done = rewrite.replace_all(
-        model, rewrite.match(model, [CompositionalCodes(initialisation="product", **options)])
+        model, rewrite.match(model, [CompositionalCodes(initialization="product", **options)])
     )
     return done[0].soft.harden(), done[0].soft
 
@@ -660,7 +657,7 @@ def test_product_codes_are_the_nearest_means_of_each_part() -> None:
     )
     expected = torch.cat([books[m][nearest[:, m]] for m in range(4)], 1)
     assert torch.allclose(rows, expected, atol=1e-5)
-    assert soft.facts()["relative_error"] < 0.7
+    assert soft.statistics()["relative_error"] < 0.7
     stored = {name: value.nbytes for name, value in hard.state_dict().items()}
     assert stored == {"codes": 99 * 2, "codebooks": 4 * 8 * 32}
     assert hard.ideal_bits() == 99 * 4 * 3 + 32 * 8 * 32
@@ -686,5 +683,5 @@ def test_product_codes_multiply_as_their_table_does() -> None:
 def test_parts_that_do_not_divide_the_table_are_refused() -> None:
     with pytest.raises(PlmccError, match="5 codebooks do not divide its 32 dimensions"):
         rewrite.match(
-            tiny("bert"), [CompositionalCodes(initialisation="product", codebooks=5, codewords=4)]
+            tiny("bert"), [CompositionalCodes(initialization="product", codebooks=5, codewords=4)]
         )

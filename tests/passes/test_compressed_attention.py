@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PAD, SEQ2SEQ, inputs, prompt, tiny
 from torch import Tensor, nn
 from transformers import (
     M2M100Config,
@@ -22,23 +21,26 @@ from transformers import (
 
 import plmcc
 from plmcc.api import Hard, Miss, Site
+from plmcc.artifact.verify import same_with_cache
+from plmcc.ir.calibration import CalibrationData
+from plmcc.ir.modules import cache_argument
+from plmcc.ir.probes import probe_inputs
+from plmcc.ir.program import Program
 from plmcc.passes import compressed_attention as module
-from plmcc.passes._compressed_layer import MODULE
 from plmcc.passes.compressed_attention import CompressedAttention, MergedAttention, SoftAttention
-from plmcc.probes import probe_inputs
-from plmcc.program import Program
+from plmcc.passes.compressed_attention.layer import MODULE
 from plmcc.rewrite import harden_all, match, replace_all
-from plmcc.verify import same_with_cache
+from support.tiny_models import PAD, SEQ2SEQ, cache_of, inputs, prompt, tiny
 
-OPTIONS = {"initialisation": "random"}
-_RANDOM = CompressedAttention(initialisation="random")
+OPTIONS = {"initialization": "random"}
+_RANDOM = CompressedAttention(initialization="random")
 
 
 def soft(model: PreTrainedModel, chosen: CompressedAttention = _RANDOM) -> list[SoftAttention]:
     """Rewrite a model in place and return the trainable sub-layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        done = replace_all(model, match(model, [chosen]))
+        done = replace_all(model, match(model, [chosen], data=CalibrationData.random(model)))
     found = [replacement.soft for replacement in done]
     for part in found:
         assert isinstance(part, SoftAttention)
@@ -55,10 +57,17 @@ def one(name: str = "mbart") -> SoftAttention:
 
 def sized(d: int, f: int, heads: int) -> PreTrainedModel:
     config = MBartConfig(
-        vocab_size=32, d_model=d, encoder_layers=1, decoder_layers=1, encoder_attention_heads=heads,
-        decoder_attention_heads=heads, encoder_ffn_dim=f, decoder_ffn_dim=f,
-        max_position_embeddings=16, dropout=0.0,
-    )  # fmt: skip
+        vocab_size=32,
+        d_model=d,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=f,
+        decoder_ffn_dim=f,
+        max_position_embeddings=16,
+        dropout=0.0,
+    )
     model: PreTrainedModel = MBartForConditionalGeneration(config)
     model.train(False)
     return model
@@ -82,10 +91,16 @@ def test_parameters_of_every_family_follow_its_formula(name: str) -> None:
     f, inner = (plain.d_ff, heads * plain.d_kv) if t5 else (plain.decoder_ffn_dim, d)
     values = 2 * f if name == "t5_gated" else f
     own = soft(model)[1]
-    biases = 0 if t5 else (2 if name == "whisper" else 1) * 0 + sum(
-        linear.bias.numel() for linear in own.modules()
-        if isinstance(linear, nn.Linear) and linear.bias is not None
-    )  # fmt: skip
+    biases = (
+        0
+        if t5
+        else (2 if name == "whisper" else 1) * 0
+        + sum(
+            linear.bias.numel()
+            for linear in own.modules()
+            if isinstance(linear, nn.Linear) and linear.bias is not None
+        )
+    )
     expected = 3 * d * inner + 3 * d * values + f * d + biases
     assert sum(p.numel() for p in own.parameters()) == expected
     if not t5:
@@ -104,12 +119,17 @@ def test_c2_cached_decoding_equals_the_full_forward(name: str, hard: bool) -> No
     ids = batch["decoder_input_ids"]
     full = model(**batch).logits
     encoded = model.get_encoder()(**{k: v for k, v in batch.items() if k != "decoder_input_ids"})
-    cache, steps = None, []
+    cache, named, steps = None, cache_argument(type(model)), []
+    assert named is not None
     given = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
     for t in range(ids.shape[1]):
-        out = model(encoder_outputs=encoded, decoder_input_ids=ids[:, t : t + 1],
-                    past_key_values=cache, use_cache=True, **given)  # fmt: skip
-        cache = out.past_key_values
+        out = model(
+            encoder_outputs=encoded,
+            decoder_input_ids=ids[:, t : t + 1],
+            use_cache=True,
+            **given | {named: cache},
+        )
+        cache = cache_of(out)
         steps.append(out.logits)
         own, source = cache.self_attention_cache.layers[0], cache.cross_attention_cache.layers[0]
         assert own.keys.shape[2] == t + 1
@@ -179,12 +199,12 @@ def test_c5_degenerate_weights_give_the_ffn_the_identity_and_decoder_only_attent
 
 
 def test_c6_one_head_folds_exactly_and_c7_several_do_not() -> None:
-    errors = {heads: _naive_fold_error(heads) for heads in (1, 2)}
+    errors = {heads: _naive_warm_start_error(heads) for heads in (1, 2)}
     assert errors[1] < 1e-12
     assert errors[2] > 1e-2
 
 
-def _naive_fold_error(heads: int) -> float:
+def _naive_warm_start_error(heads: int) -> float:
     """||CAN - FFN(X + Attn(X))|| where V = W1·Wo·Wv, W_r = W1, b_r = b1 + W1·bo, W_o = W2."""
     generator = torch.Generator().manual_seed(0)
     d, f = 8, 16
@@ -236,7 +256,7 @@ def test_c8_a_layer_has_one_norm_one_addition_and_one_softmax(name: str) -> None
 
 def test_c8_the_cache_is_d_plus_f_wide_and_the_report_says_so() -> None:
     part = one()
-    assert part.facts()["cache_values_per_token"] == 32 + 48
+    assert part.statistics()["cache_values_per_token"] == 32 + 48
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
@@ -311,18 +331,18 @@ def test_the_warm_start_is_far_nearer_to_the_layer_than_a_random_one() -> None:
     model, batch = tiny("mbart"), inputs("mbart")
     reference = model(**batch).logits
     gaps, facts = {}, {}
-    for start in ("random", "fold"):
+    for start in ("random", "warm_start"):
         copied = copy.deepcopy(model)
-        found = soft_as_is(copied, CompressedAttention(initialisation=start, fold_steps=60))
-        facts[start] = found[0].facts()
+        found = soft_as_is(copied, CompressedAttention(initialization=start, warm_start_steps=60))
+        facts[start] = found[0].statistics()
         gaps[start] = float((copied(**batch).logits - reference).norm().detach())
-    assert gaps["fold"] < 0.5 * gaps["random"]
-    assert 0 < facts["fold"]["layer_error"] < facts["fold"]["least_squares_error"] < 0.3
+    assert gaps["warm_start"] < 0.5 * gaps["random"]
+    assert 0 < facts["warm_start"]["layer_error"] < facts["warm_start"]["least_squares_error"] < 0.3
     assert "layer_error" not in facts["random"]
 
 
 def soft_as_is(model: PreTrainedModel, chosen: CompressedAttention) -> list[SoftAttention]:
-    done = replace_all(model, match(model, [chosen]))
+    done = replace_all(model, match(model, [chosen], data=CalibrationData.random(model)))
     return [part for part in (d.soft for d in done) if isinstance(part, SoftAttention)]
 
 
@@ -338,8 +358,8 @@ def test_least_squares_recover_a_layer_that_a_merged_one_can_express() -> None:
     for layer in stack:
         own = layer.get_submodule("self_attn_layer_norm").state_dict()
         layer.get_submodule("final_layer_norm").load_state_dict(own)
-    found = soft_as_is(model, CompressedAttention(fold_steps=0))
-    assert found[0].facts()["least_squares_error"] < 1e-4
+    found = soft_as_is(model, CompressedAttention(warm_start_steps=0))
+    assert found[0].statistics()["least_squares_error"] < 1e-4
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
@@ -353,8 +373,10 @@ def test_hard_form_is_two_products_over_the_decoder_states_and_the_same_function
     assert isinstance(part, Hard)
     assert isinstance(part, MergedAttention)
     assert [n for n, m in part.named_children() if isinstance(m, nn.Linear)] == [
-        "in_proj", "memory_proj", "out_proj"
-    ]  # fmt: skip
+        "in_proj",
+        "memory_proj",
+        "out_proj",
+    ]
     assert torch.allclose(before, model(**batch).logits, atol=1e-5)
     assert all("compressed" not in name for record in records for name in record.removed)
 
@@ -374,7 +396,7 @@ def test_dropout_acts_in_training_only_and_gradients_reach_everything() -> None:
 
 def test_the_papers_activation_can_be_asked_for() -> None:
     model = tiny("marian")  # its own is GELU
-    found = soft(model, CompressedAttention(initialisation="random", activation="relu"))
+    found = soft(model, CompressedAttention(initialization="random", activation="relu"))
     assert isinstance(found[0].activation, nn.ReLU)
     assert not isinstance(one("marian").activation, nn.ReLU)
 
@@ -397,16 +419,23 @@ def test_sub_layers_that_hand_on_what_a_merged_one_lacks_are_refused() -> None:
         vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=4
     )
     model = UMT5ForConditionalGeneration(config)
-    with pytest.raises(plmcc.PlmccError, match="hand on more than their states"):
+    with pytest.raises(plmcc.PlmccError, match="pass on more than hidden states"):
         plmcc.Pipeline([_RANDOM])(model)
 
 
 def test_a_cache_that_changed_the_originals_tokens_is_no_fault_of_the_pass() -> None:
     sizes: dict[str, Any] = {
-        "vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
-        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
-        "decoder_ffn_dim": 64, "pad_token_id": 0, "decoder_start_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 99,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
     torch.manual_seed(0)
     model: Any = M2M100ForConditionalGeneration(M2M100Config(**sizes)).eval()
     model.lm_head.weight = nn.Parameter(torch.randn(99, 32))  # or each token calls for itself
@@ -417,7 +446,7 @@ def test_a_cache_that_changed_the_originals_tokens_is_no_fault_of_the_pass() -> 
 def test_a_model_already_compressed_is_refused() -> None:
     model = tiny("mbart")
     plmcc.Pipeline([_RANDOM])(model)
-    with pytest.raises(plmcc.PlmccError, match="compressed already"):
+    with pytest.raises(plmcc.PlmccError, match="already compressed"):
         plmcc.Pipeline([_RANDOM])(model)
 
 
@@ -428,13 +457,13 @@ def test_a_feed_forward_width_that_the_heads_do_not_divide_is_refused() -> None:
 def test_calls_without_encoder_states_are_an_error_that_says_so() -> None:
     model = tiny("marian")
     soft(model)
-    with pytest.raises(plmcc.PlmccError, match="needs the states of the encoder"):
+    with pytest.raises(plmcc.PlmccError, match="needs the hidden states of the encoder"):
         model.get_decoder()(input_ids=torch.tensor([[5, 6]]))
 
 
 def test_layers_can_be_chosen_and_the_rest_stays(tmp_path: Any) -> None:
     model, batch = tiny("t5"), inputs("t5")
-    chosen = CompressedAttention(targets="decoder.block.1", initialisation="random", expect=1)
+    chosen = CompressedAttention(targets="decoder.block.1", initialization="random", expect=1)
     plmcc.Pipeline([chosen])(model)
     assert MODULE not in dict(model.get_submodule("decoder.block.0").named_children())
     model.save_pretrained(tmp_path)

@@ -9,21 +9,35 @@ import pytest
 import torch
 from datasets import Dataset
 from pydantic import ValidationError
-from tables import check_calls, gemma, hardened, refused, replaced, site, toy
-from tiny import NAMES, VOCAB, inputs, tiny
 from torch import Tensor, nn
 
 from plmcc import rewrite
-from plmcc.passes._factors import fit_factors, from_bitmask, shifted_factors, to_bitmask
+from plmcc.artifact.size import module_bytes
 from plmcc.passes.distilled_factorization import (
     DistilledFactorization,
     DistilledTable,
     FactorizedEmbedding,
     SoftFactors,
 )
-from plmcc.recipe_parts import Train
-from plmcc.size import module_bytes
-from plmcc.train import Lesson, train
+from plmcc.passes.distilled_factorization.factors import (
+    fit_factors,
+    from_bitmask,
+    shifted_factors,
+    to_bitmask,
+)
+from plmcc.recipe.sections import Train
+from plmcc.training.loop import TrainingData, train
+from support.embedding_tables import (
+    PROGRAM,
+    check_calls,
+    gemma,
+    hardened,
+    refused,
+    replaced,
+    site,
+    toy,
+)
+from support.tiny_models import NAMES, VOCAB, inputs, tiny
 
 OPTIONS = {"rank": 6, "fit_steps": 10}
 """For tiny models; `tests/test_contract.py` reads it."""
@@ -33,7 +47,7 @@ STORAGES = ["dense", "sparse", "uint8"]
 
 
 def factored(table_VD: Tensor, rank: int = 6, **options: Any) -> SoftFactors:
-    soft = DistilledFactorization(rank=rank, **options).replace(site(table_VD))
+    soft = DistilledFactorization(rank=rank, **options).replace(site(table_VD), PROGRAM)
     assert isinstance(soft, SoftFactors)
     return soft
 
@@ -53,10 +67,10 @@ def svd_error(table_VD: Tensor, rank: int) -> float:
 @pytest.mark.parametrize("steps", [0, 150])
 def test_the_rank_and_the_bound_of_the_svd(start: str, steps: int) -> None:
     table = toy(500, 40) + torch.randn(40)
-    soft = factored(table, 8, initialisation=start, fit_steps=steps)
+    soft = factored(table, 8, initialization=start, fit_steps=steps)
     assert int(torch.linalg.matrix_rank(soft.weight.detach(), rtol=1e-5)) <= 8
     assert error(soft, table) >= svd_error(table, 8) * (1 - 1e-6)
-    loss = soft.facts()["reconstruction_loss"] * 2 * len(table)
+    loss = soft.statistics()["reconstruction_loss"] * 2 * len(table)
     assert loss == pytest.approx(error(soft, table), rel=1e-4)
 
 
@@ -64,9 +78,9 @@ def test_the_rank_and_the_bound_of_the_svd(start: str, steps: int) -> None:
 def test_the_shifted_start_is_the_svd_of_one_rank_less(rank: int) -> None:
     """Exactly, without a mean to hold; with one it is never worse, and better here."""
     table = toy(500, 40)
-    centred = table - table.mean(0)
-    soft = factored(centred, rank, fit_steps=0)
-    assert error(soft, centred) == pytest.approx(svd_error(centred, rank - 1), rel=1e-4)
+    centered = table - table.mean(0)
+    soft = factored(centered, rank, fit_steps=0)
+    assert error(soft, centered) == pytest.approx(svd_error(centered, rank - 1), rel=1e-4)
     assert float(soft.factor.detach().min()) >= 0
     moved = table + 3 * torch.randn(40, generator=torch.Generator().manual_seed(1))
     soft = factored(moved, rank, fit_steps=0)
@@ -75,7 +89,7 @@ def test_the_shifted_start_is_the_svd_of_one_rank_less(rank: int) -> None:
 
 def test_the_clamped_start_loses_and_kills_half() -> None:
     table = toy(500, 40)
-    clamped, shifted = (factored(table, 8, initialisation=s, fit_steps=0) for s in STARTS[:2])
+    clamped, shifted = (factored(table, 8, initialization=s, fit_steps=0) for s in STARTS[:2])
     assert error(clamped, table) > 2 * error(shifted, table)
     assert clamped.dead_entries() / (500 * 8) == pytest.approx(0.5, abs=0.06)
     assert shifted.dead_entries() <= 8
@@ -84,26 +98,27 @@ def test_the_clamped_start_loses_and_kills_half() -> None:
 @pytest.mark.parametrize("start", STARTS)
 def test_fitting_improves_and_never_worsens(start: str) -> None:
     table = toy(500, 40)
-    before = factored(table, 8, initialisation=start, fit_steps=0)
-    after = factored(table, 8, initialisation=start, fit_steps=150)
+    before = factored(table, 8, initialization=start, fit_steps=0)
+    after = factored(table, 8, initialization=start, fit_steps=150)
     # An SVD is a stationary point: from its shifted form there is next to nothing to gain.
     bound = 1.0001 if start == "shifted_svd" else 0.98
     assert error(after, table) < bound * error(before, table)
-    wild = factored(table, 8, initialisation=start, fit_steps=3, fit_learning_rate=1e4)
+    wild = factored(table, 8, initialization=start, fit_steps=3, fit_learning_rate=1e4)
     assert error(wild, table) <= error(before, table) * 1.0001
 
 
 def test_the_scale_of_the_table_does_not_matter_to_the_fit() -> None:
     table = toy(300, 20)
     errors = [
-        factored(table * scale, fit_steps=40).facts()["relative_error"] for scale in (1.0, 0.01, 30)
+        factored(table * scale, fit_steps=40).statistics()["relative_error"]
+        for scale in (1.0, 0.01, 30)
     ]
     assert errors == pytest.approx([errors[0]] * 3, rel=1e-2)
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_folding_the_relu_changes_no_bit(start: str) -> None:
-    soft = factored(toy(200, 20), initialisation=start)
+    soft = factored(toy(200, 20), initialization=start)
     hard, hidden = soft.harden(), torch.randn(3, 20)
     assert isinstance(hard, FactorizedEmbedding)
     assert torch.equal(hard(torch.arange(200)), soft(torch.arange(200)))
@@ -112,7 +127,7 @@ def test_folding_the_relu_changes_no_bit(start: str) -> None:
 
 
 def test_columns_may_be_rescaled_by_positive_numbers_only() -> None:
-    soft = factored(toy(200, 20), initialisation="random")
+    soft = factored(toy(200, 20), initialization="random")
     before = soft.weight.detach().clone()
     with torch.no_grad():
         soft.factor[:, 2] *= 4
@@ -124,23 +139,25 @@ def test_columns_may_be_rescaled_by_positive_numbers_only() -> None:
 
 
 def test_entries_that_are_not_positive_have_no_gradient() -> None:
-    soft = factored(toy(200, 20), initialisation="paper")
+    soft = factored(toy(200, 20), initialization="paper")
     dead = soft.factor <= 0
     soft(torch.arange(200)).square().sum().backward()
     gradient = soft.factor.grad
     assert gradient is not None
     assert not gradient[dead].any()
     assert gradient[~dead].ne(0).float().mean() > 0.99
-    assert soft.dead_entries() == soft.facts()["dead_entries"] == int(dead.sum()) > 0
+    assert soft.dead_entries() == soft.statistics()["dead_entries"] == int(dead.sum()) > 0
 
 
 @pytest.mark.parametrize(
     ("rows", "dims", "parameters"),
     [
-        (30522, 768, 2_002_560), (50257, 768, 3_265_600), (400_000, 300, 25_619_200),
+        (30522, 768, 2_002_560),
+        (50257, 768, 3_265_600),
+        (400_000, 300, 25_619_200),
         (151_936, 1024, 9_789_440),
     ],
-)  # fmt: skip
+)
 def test_exact_sizes(rows: int, dims: int, parameters: int) -> None:
     with torch.device("meta"):
         dense, small = (FactorizedEmbedding(rows, dims, 64, s) for s in ("dense", "uint8"))
@@ -153,7 +170,7 @@ def test_exact_sizes(rows: int, dims: int, parameters: int) -> None:
 # --- training
 
 
-def lesson() -> Lesson:
+def training_data() -> TrainingData:
     random = torch.Generator().manual_seed(0)
     rows = torch.randint(3, VOCAB, (16, 8), generator=random).tolist()
     data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
@@ -161,20 +178,23 @@ def lesson() -> Lesson:
     def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}
 
-    return Lesson("text-generation", data, collate)
+    return TrainingData("text-generation", data, collate)
 
 
 def trained(alpha: float) -> tuple[Any, Any, SoftFactors, list[dict[str, float]]]:
     model: Any = tiny("llama")  # the head has a weight of its own
-    chosen = DistilledFactorization(rank=6, alpha=alpha, initialisation="random", fit_steps=0)
+    chosen = DistilledFactorization(rank=6, alpha=alpha, initialization="random", fit_steps=0)
     (done,) = replaced(model, chosen)
     before = copy.deepcopy(model)
     arguments = {
-        "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "max_grad_norm": 1e9,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "max_grad_norm": 1e9,
         "per_device_train_batch_size": 8,
-    }  # fmt: skip
+    }
     settings = Train.model_validate({"data": {"train": "x.txt"}, "arguments": arguments})
-    log = train(model, settings, lesson(), [done])
+    log = train(model, settings, training_data(), [done])
     assert isinstance(done.soft, SoftFactors)
     return before, model, done.soft, log
 
@@ -211,12 +231,12 @@ def test_the_objective_is_the_mean_square_over_the_vocabulary() -> None:
     soft = factored(table)
     objective = DistilledFactorization(rank=6, alpha=0.25).objective(site(table), soft)
     assert isinstance(objective, DistilledTable)
-    assert objective.share == 0.75
+    assert objective.loss_weight == 0.75
     loss = objective.loss({}, {}, None)
     assert loss is not None
     expected = 0.75 * (soft.weight - table).square().sum(-1).mean()
     torch.testing.assert_close(loss, expected)
-    assert objective.figures()["table_distance"] == pytest.approx(float(expected.detach()) / 0.75)
+    assert objective.metrics()["table_distance"] == pytest.approx(float(expected.detach()) / 0.75)
 
 
 # --- storage
@@ -227,8 +247,8 @@ def test_the_objective_is_the_mean_square_over_the_vocabulary() -> None:
 def test_lookup_and_head_are_those_of_the_dense_table(storage: str, layout: Any) -> None:
     table = toy(60, 20)
     table[3] = 0
-    chosen = DistilledFactorization(rank=6, storage=storage, initialisation="paper")
-    hard = chosen.replace(site(table, **layout)).harden()
+    chosen = DistilledFactorization(rank=6, storage=storage, initialization="paper")
+    hard = chosen.replace(site(table, **layout), PROGRAM).harden()
     assert isinstance(hard, FactorizedEmbedding)
     assert hard.zero_padding is bool(layout.get("padding_idx"))
     basis = nn.Parameter(hard.basis.detach().clone())
@@ -241,16 +261,17 @@ def test_lookup_and_head_are_those_of_the_dense_table(storage: str, layout: Any)
     else:
         values = nn.Parameter(hard.values.detach().clone())
         marks = ["".join(f"{byte:08b}" for byte in row)[:6] for row in hard.mask.tolist()]
-        places = torch.tensor([[bit == "1" for bit in row] for row in marks])
-        assert hard.starts.tolist() == [sum("".join(marks[:n]).count("1") for _ in [0])
-                                        for n in range(60)]  # fmt: skip
-        factor = torch.zeros(60, 6).masked_scatter(places, values)
+        locations = torch.tensor([[bit == "1" for bit in row] for row in marks])
+        assert hard.starts.tolist() == [
+            sum("".join(marks[:n]).count("1") for _ in [0]) for n in range(60)
+        ]
+        factor = torch.zeros(60, 6).masked_scatter(locations, values)
         parameters = [values, basis]
     check_calls(hard, factor @ basis, parameters)
 
 
 def test_sparse_storage_keeps_the_bits_and_saves_the_zeros() -> None:
-    soft = factored(toy(300, 40), 16, initialisation="paper", storage="sparse")
+    soft = factored(toy(300, 40), 16, initialization="paper", storage="sparse")
     hard, zeros = soft.harden(), soft.dead_entries()
     assert torch.equal(hard(torch.arange(300)), soft(torch.arange(300)))
     assert zeros > 300 * 16 // 3
@@ -286,7 +307,7 @@ def test_eight_bits_are_rounded_while_training_and_steps_are_in_the_basis() -> N
 @pytest.mark.parametrize("storage", STORAGES)
 def test_every_storage_survives_an_artifact(storage: str, tmp_path: Any) -> None:
     model = tiny("gpt2")
-    hardened(model, DistilledFactorization(**OPTIONS, storage=storage, initialisation="paper"))
+    hardened(model, DistilledFactorization(**OPTIONS, storage=storage, initialization="paper"))
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
     with torch.no_grad():
@@ -303,7 +324,7 @@ def test_every_storage_survives_an_artifact(storage: str, tmp_path: Any) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_has_a_table(name: str) -> None:
-    """Factorised tables (ALBERT, ELECTRA) too; positions and token types are left alone."""
+    """Factorized tables (ALBERT, ELECTRA) too; positions and token types are left alone."""
     model = tiny(name)
     ((_, found),) = rewrite.match(model, [DistilledFactorization(**OPTIONS)]).sites
     assert ("head" in found.roles) == (name not in {"llama", "t5_gated"})
@@ -333,15 +354,15 @@ def test_three_tied_tables_stay_one() -> None:
 
 def test_the_seed_decides_a_random_start() -> None:
     torch.manual_seed(1)
-    first = factored(toy(100), initialisation="random", seed=3).weight
+    first = factored(toy(100), initialization="random", seed=3).weight
     torch.manual_seed(2)
-    assert torch.equal(first, factored(toy(100), initialisation="random", seed=3).weight)
-    assert not torch.equal(first, factored(toy(100), initialisation="random", seed=4).weight)
+    assert torch.equal(first, factored(toy(100), initialization="random", seed=3).weight)
+    assert not torch.equal(first, factored(toy(100), initialization="random", seed=4).weight)
 
 
 def test_a_table_of_zeros() -> None:
     for start in STARTS:
-        soft = factored(torch.zeros(50, 8), 3, initialisation=start, fit_steps=2)
+        soft = factored(torch.zeros(50, 8), 3, initialization=start, fit_steps=2)
         assert soft(torch.arange(50)).isfinite().all()
     zeros = torch.zeros(5, 4)
     factor, basis = fit_factors(zeros, shifted_factors(zeros, 2), 1, 0.1, lambda _: None)
@@ -358,7 +379,7 @@ def test_a_table_that_is_not_finite_is_refused_by_name(value: float) -> None:
     found = refused(model, DistilledFactorization(**OPTIONS))
     assert found.code == "PLM203"
     assert "not finite" in found.message
-    assert "bert.embeddings.word_embeddings" in f"{found.place}"
+    assert "bert.embeddings.word_embeddings" in f"{found.location}"
 
 
 @pytest.mark.parametrize("storage", ["dense", "uint8"])
@@ -372,7 +393,7 @@ def test_a_rank_above_break_even_is_a_warning_with_the_number(storage: str) -> N
         assert found.warning == expected
     refusal = refused(tiny("bert"), DistilledFactorization(rank=33, storage=storage))
     assert refusal.code == "PLM203"
-    assert "bert.embeddings.word_embeddings: rank 33 is above 32" in refusal.given
+    assert "bert.embeddings.word_embeddings: rank 33 is above 32" in refusal.got
 
 
 def test_two_passes_cannot_have_one_table() -> None:
@@ -385,11 +406,17 @@ def test_two_passes_cannot_have_one_table() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"rank": 0}, {"alpha": -0.1}, {"alpha": 1.1}, {"fit_steps": -1},
-        {"fit_learning_rate": 0.0}, {"initialisation": "svd"}, {"storage": "csr"}, {"seed": 1},
+        {"rank": 0},
+        {"alpha": -0.1},
+        {"alpha": 1.1},
+        {"fit_steps": -1},
+        {"fit_learning_rate": 0.0},
+        {"initialization": "svd"},
+        {"storage": "csr"},
+        {"seed": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_options_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         DistilledFactorization(**wrong)

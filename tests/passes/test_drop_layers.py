@@ -6,25 +6,41 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import BOS, EOS, GENERATIVE, PAD, inputs, prompt, tiny
 from torch import nn
 from transformers import PreTrainedModel
 
 import plmcc
+from plmcc.artifact.verify import outputs
+from plmcc.ir.program import Program
 from plmcc.passes.compressed_attention import CompressedAttention
 from plmcc.passes.drop_layers import DropLayers
-from plmcc.verify import outputs
+from plmcc.recipe import Calibrate
+from plmcc.recipe.sections import Synthetic
+from support.tiny_models import BOS, EOS, GENERATIVE, PAD, inputs, prompt, tiny
 
 OPTIONS = {"targets": "layers", "keep": 1}
+
+RANDOM = Calibrate(data="synthetic", synthetic=Synthetic(sequences=48, length=12))
 
 
 def deep(kind: str = "MBart", layers: int = 5) -> PreTrainedModel:
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=99, d_model=16, encoder_layers=layers, decoder_layers=layers, init_std=0.3,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, max_position_embeddings=32, pad_token_id=PAD, bos_token_id=BOS,
-        eos_token_id=EOS, forced_eos_token_id=EOS, decoder_start_token_id=EOS,
-    )  # fmt: skip
+        vocab_size=99,
+        d_model=16,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        init_std=0.3,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        forced_eos_token_id=EOS,
+        decoder_start_token_id=EOS,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         names = {"MBart": "MBartForConditionalGeneration", "Marian": "MarianMTModel"}
@@ -82,7 +98,7 @@ def test_importance_keeps_the_layers_that_change_states_most() -> None:
                 for parameter in decoder(model)[index].get_submodule(name).parameters():
                     parameter.zero_()
     kept = [decoder(model)[i] for i in (1, 2, 4)]
-    plmcc.Pipeline([DropLayers(keep=3, select="importance")])(model)
+    plmcc.Pipeline([DropLayers(keep=3, select="importance")], calibrate=RANDOM)(model)
     assert all(a is b for a, b in zip(decoder(model), kept, strict=True))
 
 
@@ -90,7 +106,7 @@ def test_t5_keeps_the_layer_that_holds_the_positions() -> None:
     with pytest.raises(plmcc.PlmccError, match=r"layer 0 alone has .*relative_attention_bias"):
         plmcc.Pipeline([DropLayers(keep=[1])])(tiny("t5"))
     model = tiny("t5")
-    plmcc.Pipeline([DropLayers(keep=1, select="importance")])(model)
+    plmcc.Pipeline([DropLayers(keep=1, select="importance")], calibrate=RANDOM)(model)
     assert model.config.num_decoder_layers == 1
     assert model.config.num_layers == 2
     assert "relative_attention_bias" in str(list(model.get_decoder().state_dict()))
@@ -113,6 +129,28 @@ def test_a_choice_that_cannot_be_made_is_refused(options: dict[str, object], rea
     assert before.keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_the_only_stack_is_the_default(name: str) -> None:
+    model = tiny(name)
+    plmcc.Pipeline([DropLayers(keep=1)])(model)
+    assert model.config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("gpt2", "decoder"), ("llama", "decoder"), ("distilbert", "encoder"), ("bert", "encoder")],
+)
+def test_encoder_and_decoder_name_the_only_stack(name: str, target: str) -> None:
+    found = Program(tiny(name)).resolve(target, "layer", expect=2)
+    assert len(found.sites) == 2
+    other = "encoder" if target == "decoder" else "decoder"
+    with pytest.raises(plmcc.PlmccError) as caught:
+        Program(tiny(name)).resolve(other, "layer")
+    (said,) = caught.value.diagnostics
+    assert said.code == "PLM201"
+    assert other not in said.hint.removeprefix("nearest: ").split(", ")
+
+
 def test_shared_layers_cannot_be_dropped() -> None:
     with pytest.raises(plmcc.PlmccError, match="it has 1 layers"):
         plmcc.Pipeline([DropLayers(targets="layers", keep=1)])(tiny("albert"))
@@ -121,13 +159,21 @@ def test_shared_layers_cannot_be_dropped() -> None:
 def test_dropping_and_merging_in_one_stage_is_refused_and_in_two_stages_works(
     tmp_path: Path,
 ) -> None:
-    passes = [DropLayers(keep=2), CompressedAttention(fold_steps=5)]
+    passes = [DropLayers(keep=2), CompressedAttention(warm_start_steps=5)]
     with pytest.raises(plmcc.PlmccError, match="stages"):
-        plmcc.Pipeline(passes)(deep("Marian"))
+        plmcc.Pipeline(passes, calibrate=RANDOM)(deep("Marian"))
     model, batch = deep("Marian"), inputs("marian")
     for chosen in passes:
-        plmcc.Pipeline([chosen])(model)
+        plmcc.Pipeline([chosen], calibrate=RANDOM)(model)
     assert len(decoder(model)) == 2
     model.save_pretrained(tmp_path)
     again = plmcc.load(tmp_path)
     assert torch.allclose(model(**batch).logits, again(**batch).logits, atol=1e-5)
+
+
+def test_importance_is_not_measured_on_made_up_data_unasked() -> None:
+    model = deep()
+    with pytest.raises(plmcc.PlmccError, match="`select: importance` measures") as caught:
+        plmcc.Pipeline([DropLayers(keep=3, select="importance")])(model)
+    assert "add `calibrate: {data: FILE}`" in str(caught.value)
+    assert len(decoder(model)) == 5

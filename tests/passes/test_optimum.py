@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import inputs, tiny
 
 import plmcc
 from plmcc.api import Miss
+from plmcc.artifact.verify import outputs
 from plmcc.passes.optimum import Optimum
-from plmcc.verify import outputs
+from support.tiny_models import inputs, tiny
 
 OPTIONS = {"transformation": "MergeLinears"}
 
@@ -41,7 +41,7 @@ def test_layers_without_anything_to_do_are_misses_with_a_reason() -> None:
     assert found
     for miss in found:
         assert isinstance(miss, Miss)
-        assert "finds nothing to do" in miss.reason
+        assert "applies nowhere" in miss.reason
 
 
 def test_an_unknown_transformation_names_the_nearest() -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 import plmcc
 from plmcc.diagnostics import PlmccError
+from plmcc.models.source import Source, load_source
 from plmcc.passes.prune_vocabulary import PruneVocabulary, _lines
-from plmcc.recipe import parse_recipe
+from plmcc.recipe.load import parse_recipe
 from plmcc.rewrite import match
-from plmcc.source import Source, load_source
 
 SENTENCES = Path(__file__).parents[2] / "examples/sentences.txt"
 LINES = SENTENCES.read_text(encoding="utf-8").splitlines()
@@ -53,9 +54,10 @@ def byte_level() -> Tokenizer:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZE + 200, special_tokens=NAMES,
+        vocab_size=SIZE + 200,
+        special_tokens=NAMES,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     raw.train_from_iterator(LINES, trainer)
     raw.decoder = decoders.ByteLevel()
     return raw
@@ -88,8 +90,11 @@ def unigram() -> Tokenizer:
 
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
-    "WordPiece": wordpiece, "byte-level BPE": byte_level, "BPE": fallback, "Unigram": unigram,
-}  # fmt: skip
+    "WordPiece": wordpiece,
+    "byte-level BPE": byte_level,
+    "BPE": fallback,
+    "Unigram": unigram,
+}
 
 
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
@@ -103,26 +108,51 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     return found
 
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "intermediate_size": 32, "max_position_embeddings": 80}  # fmt: skip
-BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
-        "max_position_embeddings": 80, "decoder_start_token_id": 0,
-        "scale_embedding": True}  # fmt: skip
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 80,
+}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 80,
+    "decoder_start_token_id": 0,
+    "scale_embedding": True,
+}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", "WordPiece", SMALL),
     "albert": ("AlbertForMaskedLM", "Unigram", SMALL | {"embedding_size": 8}),
     "xlm-roberta": ("XLMRobertaForMaskedLM", "Unigram", SMALL),
     "roberta": ("RobertaForMaskedLM", "byte-level BPE", SMALL),
-    "gpt2": ("GPT2LMHeadModel", "byte-level BPE",
-             {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 80}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "byte-level BPE",
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 80},
+    ),
     "gemma": ("GemmaForCausalLM", "BPE", SMALL | {"head_dim": 8, "num_key_value_heads": 1}),
     "llama": ("LlamaForCausalLM", "BPE", SMALL | {"tie_word_embeddings": False}),
-    "t5": ("T5ForConditionalGeneration", "Unigram",
-           {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2,
-            "decoder_start_token_id": 0}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "Unigram",
+        {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
+    ),
     "marian": ("MarianMTModel", "Unigram", BART),
-}  # fmt: skip
+}
 
 
 def source_of(name: str) -> Source:
@@ -144,18 +174,18 @@ def source_of(name: str) -> Source:
     return Source(model, "fill-mask", name, tokenizer)
 
 
-def prune(source: Source, tmp_path: Path, lines: list[str] = KEPT, **options: Any) -> list[str]:
+def prune(source: Source, tmp_path: Path, lines: list[str] = KEPT, **options: Any) -> Source:
     file = tmp_path / "kept.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
-    PruneVocabulary(text=str(file), **options).prepare(source, None)
-    return lines
+    done = PruneVocabulary(text=str(file), **options).prepare(source, None)
+    return replace(source, tokenizer=done.tokenizer, retokenized=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_cut_into_the_tokens_of_before(kind: str, tmp_path: Path) -> None:
     source = source_of(next(name for name, value in MODELS.items() if value[1] == kind))
     before = source.need_tokenizer("the test")
-    prune(source, tmp_path)
+    source = prune(source, tmp_path)
     after = source.need_tokenizer("the test")
     assert len(after) < len(before)
     for line in KEPT:
@@ -186,7 +216,7 @@ def test_text_is_cut_into_the_tokens_of_before(kind: str, tmp_path: Path) -> Non
 def test_the_model_computes_the_same(name: str, tmp_path: Path) -> None:
     source = source_of(name)
     original, old = source.original(), source.need_tokenizer("the test")
-    prune(source, tmp_path)
+    source = prune(source, tmp_path)
     model: Any = source.model
     new = source.need_tokenizer("the test")
     assert model.config.vocab_size == len(new) == model.get_input_embeddings().weight.shape[0]
@@ -211,7 +241,7 @@ def test_configurations_name_the_new_ids(tmp_path: Path) -> None:
     model.generation_config.bad_words_ids = [[old.pad_token_id], [lost, old.eos_token_id]]
     model.generation_config.suppress_tokens = [lost, old.unk_token_id]
     model.generation_config.forced_eos_token_id = old.eos_token_id
-    prune(source, tmp_path)
+    source = prune(source, tmp_path)
     new = source.need_tokenizer("the test")
     for config in (model.config, model.generation_config):
         assert config.pad_token_id == new.pad_token_id
@@ -229,11 +259,11 @@ def test_the_most_frequent_are_kept(tmp_path: Path) -> None:
     sizes = []
     for keep in (1, 60, 10**6):
         source = source_of("bert")
-        prune(source, tmp_path, keep=keep)
+        source = prune(source, tmp_path, keep=keep)
         sizes.append(len(source.need_tokenizer("the test")))
     assert sizes[0] < sizes[1] < sizes[2]
     rare = source_of("bert")
-    prune(rare, tmp_path, min_count=3)
+    rare = prune(rare, tmp_path, min_count=3)
     assert len(rare.need_tokenizer("the test")) < sizes[2]
 
 
@@ -259,11 +289,11 @@ passes:
 
 
 def test_alone_it_writes_a_checkpoint_that_needs_no_plmcc(checkpoint: Path, tmp_path: Path) -> None:
-    recipe = parse_recipe(RECIPE, real=True)
+    recipe = parse_recipe(RECIPE, load_torch=True)
     result = plmcc.apply(recipe, checkpoint, tmp_path / "out", base=checkpoint)
     lock = json.loads((tmp_path / "out/plmcc.lock.json").read_text())
     assert any("kept.txt.gz" in files for files in lock["data"].values())
-    assert result.sites[0]["figures"]["tokens"] < result.sites[0]["figures"]["tokens_before"]
+    assert result.sites[0]["statistics"]["tokens"] < result.sites[0]["statistics"]["tokens_before"]
     script = (
         "import sys, torch; from transformers import AutoModel, AutoTokenizer\n"
         "folder, text = sys.argv[1:]\n"
@@ -274,15 +304,17 @@ def test_alone_it_writes_a_checkpoint_that_needs_no_plmcc(checkpoint: Path, tmp_
     )
     folders = (checkpoint, tmp_path / "out")
     done = [
-        subprocess.run([sys.executable, "-c", script, f, KEPT[3]], capture_output=True, text=True,
-                       check=True) for f in folders
-    ]  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-c", script, f, KEPT[3]], capture_output=True, text=True, check=True
+        )
+        for f in folders
+    ]
     assert float(done[0].stdout) == pytest.approx(float(done[1].stdout), abs=1e-5)
 
 
 def test_other_passes_shrink_what_is_left(checkpoint: Path, tmp_path: Path) -> None:
     more = "  - compositional_codes: {codebooks: 4, codewords: 8}\n"
-    recipe = parse_recipe(RECIPE + more, real=True)
+    recipe = parse_recipe(RECIPE + more, load_torch=True)
     plmcc.apply(recipe, checkpoint, tmp_path / "out", base=checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModel.from_pretrained(tmp_path / "out")
@@ -294,7 +326,7 @@ def test_other_passes_shrink_what_is_left(checkpoint: Path, tmp_path: Path) -> N
 
 def refused(source: Source | Path, text: str, base: Path | None = None) -> str:
     with pytest.raises(PlmccError) as caught:
-        plmcc.apply(parse_recipe(text, real=True), source, base=base)
+        plmcc.apply(parse_recipe(text, load_torch=True), source, base=base)
     return str(caught.value)
 
 
@@ -302,10 +334,9 @@ def test_bad_input_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "all.txt").write_text("\n".join(LINES), encoding="utf-8")
     (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
     whole = RECIPE.replace("kept.txt.gz", "empty.txt")
-    assert "no token often enough" in refused(checkpoint, whole, tmp_path)
+    assert "no token occurs often enough" in refused(checkpoint, whole, tmp_path)
     assert "missing.txt" in refused(checkpoint, RECIPE.replace("kept.txt.gz", "missing.txt"))
-    bare = source_of("bert")
-    bare.tokenizer = None
+    bare = replace(source_of("bert"), tokenizer=None)
     assert "needs a tokenizer" in refused(bare, RECIPE, checkpoint)
     late = (
         "plmcc: 1\nstages:\n  - name: one\n    passes: [compositional_codes: {codebooks: 4, "
@@ -317,20 +348,22 @@ def test_bad_input_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     assert "rows" in refused(few, RECIPE, checkpoint)
     (tmp_path / "vectors.txt").write_text("a 1 2\nb 3 4\n")
     vectors = load_source(str(tmp_path / "vectors.txt"), "")
-    assert "cannot read text" in refused(vectors, RECIPE, checkpoint)
+    assert "without an unknown token" in refused(vectors, RECIPE, checkpoint)
     with pytest.raises(PlmccError, match="to `plmcc apply`"):
         match(source_of("bert").model, [PruneVocabulary(text="x")])
 
 
 def test_a_vocabulary_that_is_needed_whole_is_not_pruned(tmp_path: Path) -> None:
     source = source_of("bert")
-    prune(source, tmp_path)
+    source = prune(source, tmp_path)
     with pytest.raises(PlmccError, match="nothing to prune"):
-        prune(source, tmp_path)
+        source = prune(source, tmp_path)
 
 
 def test_a_pruned_checkpoint_loads_as_a_source(checkpoint: Path, tmp_path: Path) -> None:
-    plmcc.apply(parse_recipe(RECIPE, real=True), checkpoint, tmp_path / "out", base=checkpoint)
+    plmcc.apply(
+        parse_recipe(RECIPE, load_torch=True), checkpoint, tmp_path / "out", base=checkpoint
+    )
     source = load_source(tmp_path / "out")
     assert len(source.need_tokenizer("the test")) == source.model.config.vocab_size
 

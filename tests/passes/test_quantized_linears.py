@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import inputs, tiny
 from torch import nn
-from words import words
 
 import plmcc
+from plmcc.artifact.size import parameter_count
 from plmcc.diagnostics import PlmccError
 from plmcc.passes.quantized_linears import QuantizedLinear, QuantizedLinears
-from plmcc.recipe import parse_recipe
+from plmcc.recipe.load import parse_recipe
 from plmcc.rewrite import harden_all, match, replace_all
+from support.tiny_models import inputs, tiny
+from support.tokenizers import words
 
 torchao = pytest.importorskip("torchao", reason="the extra `quantize` is not installed")
 
@@ -25,7 +26,7 @@ SCHEMES = ("int8", "int4", "int8_dynamic")
 HEAD = "plmcc: 1\nname: small\npasses:\n  - compositional_codes: {codebooks: 4, codewords: 8}\n"
 
 
-def quantised(name: str, **options: Any) -> Any:
+def quantized(name: str, **options: Any) -> Any:
     model = tiny(name)
     return harden_all(model, replace_all(model, match(model, [QuantizedLinears(**options)]))), model
 
@@ -34,7 +35,7 @@ def quantised(name: str, **options: Any) -> Any:
 def test_weights_are_within_half_a_step(scheme: str) -> None:
     """Every weight is one of the levels, and the nearest one."""
     original: Any = tiny("bert")
-    _, model = quantised("bert", scheme=scheme)
+    _, model = quantized("bert", scheme=scheme)
     path = "bert.encoder.layer.0.intermediate.dense"
     before, after = original.get_submodule(path), model.get_submodule(path)
     assert isinstance(after, QuantizedLinear)
@@ -48,7 +49,7 @@ def test_weights_are_within_half_a_step(scheme: str) -> None:
 
 def test_bytes_are_those_of_the_formula() -> None:
     for scheme, width in (("int8", 32), ("int4", 16), ("int8_dynamic", 32)):
-        _, model = quantised("bert", scheme=scheme)
+        _, model = quantized("bert", scheme=scheme)
         layer = model.get_submodule("bert.encoder.layer.0.intermediate.dense")
         stored = {name: value.nbytes for name, value in layer.state_dict().items()}
         assert stored == {"levels": 64 * width, "scales": 4 * 64, "bias": 4 * 64}
@@ -56,7 +57,7 @@ def test_bytes_are_those_of_the_formula() -> None:
 
 def test_conv1d_is_read_the_other_way_round() -> None:
     original: Any = tiny("gpt2")
-    _, model = quantised("gpt2")
+    _, model = quantized("gpt2")
     weight = original.transformer.h[0].mlp.c_fc.weight.detach()
     found = model.transformer.h[0].mlp.c_fc.weight
     assert found.shape == weight.T.shape
@@ -82,13 +83,13 @@ def test_a_dynamic_layer_multiplies_integers_exactly() -> None:
 
 
 def test_a_tied_head_stays_with_its_table() -> None:
-    records, model = quantised("bert")
+    records, model = quantized("bert")
     assert isinstance(model.get_output_embeddings(), nn.Linear)
     assert not any("decoder" in record.paths[0] for record in records)
 
 
 def test_groups_that_do_not_fit_are_refused_with_the_number() -> None:
-    with pytest.raises(PlmccError, match="32 inputs are not whole groups of 24"):
+    with pytest.raises(PlmccError, match="32 inputs are not a multiple of the group size 24"):
         match(tiny("bert"), [QuantizedLinears(scheme="int4", group=24)])
 
 
@@ -105,7 +106,7 @@ def test_a_recipe_ends_with_it_and_the_result_loads_without_torchao(
 ) -> None:
     tiny("bert").save_pretrained(tmp_path / "m")
     words().save_pretrained(tmp_path / "m")
-    recipe = parse_recipe(HEAD + f"lower: {{quantize: {scheme}}}\n", real=True)
+    recipe = parse_recipe(HEAD + f"lower: {{quantize: {scheme}}}\n", load_torch=True)
     result = plmcc.apply(recipe, tmp_path / "m", tmp_path / "out")
     kinds = {site["pass"] for site in result.sites}
     assert kinds == {"compositional_codes", "quantized_linears"}
@@ -133,18 +134,25 @@ def test_a_recipe_ends_with_it_and_the_result_loads_without_torchao(
 
 def test_nothing_is_rounded_twice() -> None:
     text = "plmcc: 1\npasses: [quantized_linears]\nlower: {quantize: int8}\n"
-    with pytest.raises(PlmccError, match=r":3:19: error PLM303: .*leaves no linear layer"):
-        plmcc.apply(parse_recipe(text, real=True), tiny("bert"))
+    with pytest.raises(PlmccError, match=r":3:19: error PLM303: .*nothing is left"):
+        plmcc.apply(parse_recipe(text, load_torch=True), tiny("bert"))
     some = text.replace("[quantized_linears]", "[quantized_linears: {targets: '*query'}]")
-    found = plmcc.apply(parse_recipe(some, real=True), tiny("bert"))
+    found = plmcc.apply(parse_recipe(some, load_torch=True), tiny("bert"))
     assert len(found.sites) == 13
 
 
 def test_the_report_counts_the_smaller_layers(tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "m")
-    recipe = parse_recipe("plmcc: 1\npasses: [quantized_linears]\n", real=True)
+    recipe = parse_recipe("plmcc: 1\npasses: [quantized_linears]\n", load_torch=True)
     plmcc.apply(recipe, tmp_path / "m", tmp_path / "out")
     report = json.loads((tmp_path / "out/report.json").read_text())
     path = "bert.encoder.layer.0.output.dense"
     assert report["bytes_before"][path] == 4 * (32 * 64 + 32)
     assert report["bytes_after"][path] == 32 * 64 + 4 * 32 + 4 * 32
+
+
+@pytest.mark.parametrize(("scheme", "weights"), [("int8", 64 * 32), ("int4", 64 * 32)])
+def test_integers_count_as_parameters(scheme: str, weights: int) -> None:
+    made = QuantizedLinear(64, 32, scheme, groups=2 if scheme == "int4" else 1, bias=True)
+    scales = 32 * (2 if scheme == "int4" else 1)
+    assert parameter_count(nn.Sequential(made, nn.Linear(3, 2))) == weights + scales + 32 + 8

@@ -1,0 +1,194 @@
+"""Putting pruned linears into a layer and telling its attention modules of their fewer heads."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from plmcc.api import Values
+from plmcc.kit.graphs import cache_argument
+from plmcc.passes.movement_pruning.compact import Compacted, Matrix
+from plmcc.passes.movement_pruning.masks import Masked
+from plmcc.passes.movement_pruning.parts import Attention, Parts, plain
+from plmcc.passes.movement_pruning.storage import SparseLinear
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_WIDTHS = ("all_head_size", "inner_dim", "split_size")
+_KEPT = "_plmcc_kept_heads"
+
+
+class Zeros(nn.Module):
+    """What is left of a projection to heads or neurons that are all gone: zeros (..., width).
+
+    The queries, keys and values of one head stay in this form, without weights, so that attention
+    keeps writing to the cache, whose length tells the model where it is.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return zeros for states (..., D)."""
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+class Constant(nn.Module):
+    """What is left of an output projection that nothing goes into any longer: its bias."""
+
+    def __init__(self, width: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.width = width
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    @property
+    def weight(self) -> Tensor:
+        """A matrix without columns; T5 asks for its dtype."""
+        like = self.bias if self.bias is not None else torch.empty(0)
+        return like.new_zeros(self.width, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the bias (or zeros) for each of (..., in)."""
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A linear map in its deployed form: its module, shape, values that are not zero, and form."""
+
+    module: nn.Module
+    form: str
+    shape: tuple[int, int]
+    values: int = 0
+
+
+def store(layer: nn.Module, parts: Parts, small: Compacted, storage: str) -> dict[str, Stored]:
+    """Return the deployed forms of a layer's linears by path."""
+    widths, found = _zero_widths(parts, small), {}
+    for name, part in small.matrices.items():
+        old = layer.get_submodule(name)
+        like = old.original[0] if isinstance(old, Masked) else old
+        found[name] = _stored(like, part, storage, widths.get(name, 0))
+        found[name].module.train(layer.training)
+    return found
+
+
+def _zero_widths(parts: Parts, small: Compacted) -> dict[str, int]:
+    """Return how wide the zeros of projections to no heads are: one group of heads."""
+    widths: dict[str, int] = {}
+    for block in parts.attention:
+        ratio = block.heads // block.kv_heads
+        for role, path in block.linears.items():
+            times = {"q": ratio, "qkv": 3}.get(role, 1)
+            if len(small.matrices[path].weight) == 0:
+                widths[path] = times * block.head_dim
+    return widths
+
+
+def _stored(like: nn.Module, part: Matrix, storage: str, width: int) -> Stored:
+    """Return the deployed form of a matrix; `width` is of its zeros if it has no rows."""
+    rows, columns = part.weight.shape
+    if rows == 0:
+        return Stored(Zeros(width), "zeros", (width, columns))
+    if columns == 0:
+        return Stored(Constant(rows, part.bias), "constant", (rows, columns))
+    if storage == "dense":
+        return Stored(plain(like, part.weight, part.bias), "dense", (rows, columns))
+    sparse = SparseLinear.of(part.weight, part.bias, storage)
+    return Stored(sparse, storage, (rows, columns), len(sparse.values))
+
+
+def empty(old: nn.Module, shape: tuple[int, int], values: int, form: str) -> nn.Module:
+    """Return a module of a form whose tensors are still to be loaded."""
+    bias = getattr(old, "bias", None)
+    weight = old.get_parameter("weight")
+    if form == "zeros":
+        return Zeros(shape[0])
+    if form == "constant":
+        return Constant(shape[0], None if bias is None else bias.new_empty(shape[0]))
+    if form == "dense":
+        fresh = None if bias is None else bias.new_empty(shape[0])
+        return plain(old, weight.new_empty(shape), fresh)
+    with torch.device(weight.device):
+        sparse = SparseLinear(shape, values, form, bias is not None)
+    return sparse.to(weight.dtype)
+
+
+def resize(attention: nn.Module, block: Attention, kept: list[int]) -> None:
+    """Tell an attention module how many heads it has; `kept` numbers those of before.
+
+    Modules of a layer that lost all heads go on with one that is zero.
+    """
+    ratio = block.heads // block.kv_heads
+    heads = max(len(kept), ratio)
+    sizes = dict.fromkeys(_HEADS, (block.heads, heads))
+    sizes |= dict.fromkeys(_KV_HEADS, (block.kv_heads, heads // ratio))
+    sizes |= dict.fromkeys(_WIDTHS, (block.heads * block.head_dim, heads * block.head_dim))
+    for name, (old, new) in sizes.items():
+        if getattr(attention, name, None) == old:
+            setattr(attention, name, new)
+    if getattr(attention, "has_relative_attention_bias", None) is not None:
+        _select_bias(attention, kept or list(range(ratio)), block.heads)
+
+
+def _select_bias(attention: nn.Module, kept: list[int], heads: int) -> None:
+    """T5: one layer computes the position bias of all heads for all layers; every layer takes the
+    heads that it has left, and hands on the whole."""
+    before = getattr(attention, _KEPT, None)
+    if before is not None:
+        setattr(attention, _KEPT, [before[index] for index in kept])
+        return
+    setattr(attention, _KEPT, kept)
+    attention._plmcc_all_heads = heads  # type: ignore[assignment]
+    cls = type(attention)
+
+    @functools.wraps(cls.forward)  # whoever asks for the signature gets that of before
+    def forward(self: Any, *args: object, **kwargs: object) -> tuple[object, ...]:
+        attended: tuple[object, ...] = self._attend(dict(zip(names, args, strict=False)) | kwargs)
+        return attended
+
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    body: Values = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    body |= {"__doc__": cls.__doc__, "forward": forward, "_cache": cache_argument(cls)}
+    attention.__class__ = type(cls.__name__, (_WithFewerHeads, cls), body)
+
+
+class _WithFewerHeads:
+    """Stands before a T5 attention class: position biases come and go with all heads."""
+
+    _cache: str | None
+    """What the class before calls the cache."""
+
+    def compute_bias(self, *args: object, **kwargs: object) -> Tensor:
+        """Return the bias (1, kept heads, T, S)."""
+        whole: Tensor = super().compute_bias(*args, **kwargs)  # type: ignore[misc]
+        return whole[:, getattr(self, _KEPT)]
+
+    def _attend(self, given: Values) -> tuple[object, ...]:
+        """Attend with the kept heads; return the position bias (1, all heads, T, S)."""
+        live = cast(Any, self)
+        run: Any = super().forward  # type: ignore[misc]
+        position_bias, cache = given.get("position_bias"), given.get(self._cache or "")
+        if position_bias is not None:
+            result = run(**given | {"position_bias": position_bias[:, getattr(self, _KEPT)]})
+            return (result[0], position_bias, *result[2:])
+        past = 0 if cache is None else cache.get_seq_length(live.layer_idx)
+        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+        result = run(**given)
+        part: Tensor = result[1]
+        if live.has_relative_attention_bias:
+            sizes = part.shape[-2:]
+            whole: Tensor = super().compute_bias(  # type: ignore[misc]
+                *sizes, device=part.device, past_seen_tokens=past
+            )
+        else:  # cross-attention: zeros
+            whole = part[:, :1].expand(-1, live._plmcc_all_heads, -1, -1)
+        return (result[0], whole, *result[2:])

@@ -1,0 +1,271 @@
+"""Tokenizers and models with fewer tokens (a helper of the vocabulary pruning pass, not a pass).
+
+Only the JSON of the `tokenizers` library is edited: WordPiece, BPE, Unigram and WordLevel models.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from plmcc.api import Values
+
+KINDS = ("WordPiece", "BPE", "Unigram", "WordLevel")
+_CONFIGURED = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def definition(tokenizer: PreTrainedTokenizerBase) -> Values | None:
+    """Return the JSON of a tokenizer, None if it is not of the `tokenizers` library."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    values: Values | None = None if backend is None else json.loads(backend.to_str())
+    return values
+
+
+def normalized(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return text as the tokenizer's model sees it: lower case, say, or without accents."""
+    normalizer: Any = tokenizer.backend_tokenizer.normalizer
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+def pieces(values: Values) -> dict[str, int]:
+    """Return the tokens of the model in a definition, by text."""
+    vocabulary = values["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        return dict(vocabulary)
+    return {piece: index for index, (piece, _) in enumerate(vocabulary)}
+
+
+def special(values: Values) -> set[int]:
+    """Return the ids that stay whatever the text says: added tokens, the unknown token, and the
+    bytes that everything can be written in."""
+    model, vocabulary = values["model"], pieces(values)
+    found = {token["id"] for token in values["added_tokens"]}
+    if isinstance(model.get("unk_token"), str):
+        found |= {vocabulary[t] for t in [model["unk_token"]] if t in vocabulary}
+    if model.get("unk_id") is not None:
+        found.add(model["unk_id"])
+    found |= {i for t, i in vocabulary.items() if len(t) == 6 and t.startswith("<0x")}
+    if model["type"] == "BPE" and _byte_level(values):
+        found |= {index for text, index in vocabulary.items() if len(text) == 1}
+    return found
+
+
+def _byte_level(values: Values) -> bool:
+    return '"ByteLevel"' in json.dumps([values["pre_tokenizer"], values["decoder"]])
+
+
+def characters(values: Values, text: set[str]) -> set[int]:
+    """Return the tokens of single characters of a text, with which its words can be spelt."""
+    prefix = values["model"].get("continuing_subword_prefix") or ""
+    found = pieces(values)
+    names = {name for one in text for name in (one, f"{prefix}{one}", f"\u2581{one}")}
+    return {found[name] for name in names if name in found}
+
+
+def spelt(values: Values, kept: set[int]) -> set[int]:
+    """Return the kept tokens with those that BPE makes them from."""
+    if values["model"]["type"] != "BPE":
+        return kept
+    vocabulary = pieces(values)
+    made: dict[str, list[tuple[str, str]]] = {}
+    for left, right in _merges(values):
+        made.setdefault(left + right, []).append((left, right))
+    names = {index: text for text, index in vocabulary.items()}
+    found, open_ = set(kept), [names[index] for index in kept if index in names]
+    while open_:
+        for part in (p for pair in made.get(open_.pop(), []) for p in pair):
+            if vocabulary[part] not in found:
+                found.add(vocabulary[part])
+                open_.append(part)
+    return found
+
+
+def _merges(values: Values) -> list[tuple[str, str]]:
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in values["model"]["merges"]]
+    return [(left, right) for left, right in pairs]
+
+
+def shortened(values: Values, kept: list[int]) -> Values:
+    """Return the definition with only these tokens, numbered in their order."""
+    new = {old: index for index, old in enumerate(kept)}
+    values = copy.deepcopy(values)
+    model, vocabulary = values["model"], pieces(values)
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {t: new[i] for t, i in vocabulary.items() if i in new}
+    else:
+        model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new]
+    if model.get("unk_id") is not None:
+        model["unk_id"] = new[model["unk_id"]]
+    if model["type"] == "BPE":
+        left = model["vocab"]
+        pairs = [m for m in _merges(values) if all(t in left for t in (*m, "".join(m)))]
+        model["merges"] = [list(pair) for pair in pairs]
+    for token in values["added_tokens"]:
+        token["id"] = new[token["id"]]
+    _renumber(values["post_processor"], new)
+    return values
+
+
+def _renumber(part: object, new: dict[int, int]) -> None:
+    """Number the special tokens of a post-processor anew: `ids` of templates, and (token, id)."""
+    if isinstance(part, list):
+        for item in part:
+            _renumber(item, new)
+    if not isinstance(part, dict):
+        return
+    for key, value in part.items():
+        if key == "ids":
+            part[key] = [new[index] for index in value]
+        elif key in ("sep", "cls") and isinstance(value, list):
+            part[key] = [value[0], new[value[1]]]
+        else:
+            _renumber(value, new)
+
+
+def rebuilt(tokenizer: PreTrainedTokenizerBase, values: Values) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with another definition and the same settings, as it will be loaded."""
+    with TemporaryDirectory(prefix="plmcc-") as name:
+        folder = Path(name)
+        tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():  # other forms of the vocabulary
+            if file.name not in _CONFIGURED and file.suffix != ".jinja":
+                file.unlink()
+        (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings.pop("added_tokens_decoder", None)  # all of them are in tokenizer.json
+        file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return found
+
+
+# --- the model
+
+
+def rows_of(model: PreTrainedModel) -> dict[str, int]:
+    """Return the tensors that have an entry for each token, with the dimension of it.
+
+    Raises:
+        ValueError: which tensors these are does not follow from the shapes.
+    """
+    table: Any = model.get_input_embeddings()
+    size = table.weight.shape[0]
+    inside = {id(table.weight)}
+    head: Any = model.get_output_embeddings()
+    inside |= {id(head.weight)} if head is not None else set()
+    found: dict[str, int] = {}
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.dim() == 0:
+            continue
+        flat = value.dim() == 1 or (value.dim() == 2 and value.shape[0] == 1)
+        if id(value) in inside or isinstance(_owner(model, name), nn.Embedding):
+            if value.shape[0] == size:
+                found[name] = 0
+        elif flat and value.shape[-1] == size and not name.endswith("_ids"):
+            found[name] = value.dim() - 1
+    return found
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+@torch.no_grad()
+def cut(model: PreTrainedModel, kept: list[int]) -> None:
+    """Keep these tokens' entries, numbered in their order, and tell the configuration.
+
+    Raises:
+        ValueError: a model of the new configuration has other shapes.
+    """
+    new = {old: index for index, old in enumerate(kept)}
+    wanted, table = dict(rows_of(model)), model.get_input_embeddings()
+    size = int(table.weight.shape[0])  # type: ignore[index]
+    _check_shapes(model, wanted, size, len(kept))
+    index = torch.tensor(kept)
+    for name, dim in wanted.items():
+        value = _tensor(model, name)
+        value.data = value.data.index_select(dim, index.to(value.device)).contiguous()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == size:
+            module.num_embeddings = len(module.weight)
+            if module.padding_idx is not None:
+                module.padding_idx = new.get(module.padding_idx)
+        if isinstance(module, nn.Linear) and module.out_features == size:
+            module.out_features = len(module.weight)
+        if getattr(module, "vocab_size", None) == size:
+            module.vocab_size = len(kept)  # type: ignore[assignment]
+    for config in _configurations(model):
+        _shorten(config, size, len(kept))
+        renumber(config, new)
+    if getattr(model, "generation_config", None) is not None:
+        renumber(model.generation_config, new)
+
+
+def _check_shapes(model: PreTrainedModel, wanted: dict[str, int], size: int, count: int) -> None:
+    """Check that a model of the new configuration has the shapes that cutting makes."""
+    config = copy.deepcopy(model.config)
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in wanted or any(value is _tensor(model, other) for other in wanted):
+            shapes[name][wanted.get(name, 0)] = count
+    _shorten(config, size, count)
+    with torch.device("meta"):
+        trial: Any = type(model)._from_config(config)
+    built = {name: list(value.shape) for name, value in trial.state_dict().items()}
+    if built != shapes:
+        other = next(n for n in {**built, **shapes} if built.get(n) != shapes.get(n))
+        raise ValueError(
+            f"{other} would have the shape {shapes.get(other)}, not {built.get(other)}"
+        )
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    value: Tensor = getattr(model.get_submodule(path), last)
+    return value
+
+
+def _configurations(model: PreTrainedModel) -> list[object]:
+    found: dict[int, object] = {}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            found[id(part.config)] = part.config
+            found[id(part.config.get_text_config())] = part.config.get_text_config()
+    return list(found.values())
+
+
+def _shorten(config: Any, size: int, length: int) -> None:
+    parts = (config, config.get_text_config(), config.get_text_config(decoder=True))
+    for part in {id(part): part for part in parts}.values():
+        for name, value in list(vars(part).items()):
+            if name.endswith("vocab_size") and value == size:
+                setattr(part, name, length)
+
+
+def renumber(config: object, new: dict[int, int]) -> None:
+    """Number the token ids in a configuration anew, in place; ids of dropped tokens go.
+
+    Entries such as `eos_token_id`, `forced_decoder_ids` and `suppress_tokens`: numbers, lists, and
+    lists of lists, in which a pair is (position, id) for `forced_decoder_ids`.
+    """
+    for name, value in list(vars(config).items()):
+        if name.endswith(("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids")):
+            setattr(config, name, _renumbered(value, new))
+        elif name == "forced_decoder_ids" and value:
+            setattr(config, name, [[at, new.get(token)] for at, token in value])
+
+
+def _renumbered(value: object, new: dict[int, int]) -> object:
+    if isinstance(value, bool) or not isinstance(value, (int, list)):
+        return value
+    if isinstance(value, int):
+        return new.get(value) if value >= 0 else value
+    found = [_renumbered(item, new) for item in value]
+    return [item for item in found if item is not None and item != []]

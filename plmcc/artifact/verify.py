@@ -1,0 +1,261 @@
+"""The proof that an artifact is the model: a fresh process loads it and repeats the recorded
+outputs.
+
+`probes.safetensors` in the artifact holds inputs and what the model in memory returned for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from plmcc.artifact import lock as seal
+from plmcc.catalog import registry as catalog
+from plmcc.data.tasks import auto_class, task_of
+from plmcc.diagnostics import PlmccError, error, listing
+from plmcc.ir.probes import probe_inputs
+from plmcc.rewrite import Record, changed_code
+from plmcc.utils.numerics import relative_difference
+
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PROBES = "probes.safetensors"
+_NEW_TOKENS = 8
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the logits or last states (float32), and for a generating model the greedy tokens."""
+    found = {"output": first_output(model, inputs)}
+    if model.can_generate():
+        was_training = model.training
+        model.eval()
+        found["tokens"] = _greedy(model, inputs)
+        model.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def first_output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the logits or last states (float32) in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    result = model(**inputs)
+    model.train(was_training)
+    first = next(
+        v
+        for v in (result.get("logits"), result.get("last_hidden_state"), result[0])
+        if v is not None
+    )
+    mask = inputs.get("attention_mask")
+    if (
+        mask is not None
+        and first.dim() == 3
+        and first.shape[:2] == mask.shape
+        and not model.config.is_encoder_decoder
+    ):
+        # At padding, attention implementations differ on purpose, and nobody reads it.
+        first = first * mask[..., None]
+    states: Tensor = first.float().cpu()
+    return states
+
+
+def _greedy(model: PreTrainedModel, inputs: dict[str, Tensor], **cache: bool) -> Tensor:
+    prompt = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _NEW_TOKENS}
+    tokens = model.generate(**prompt, **options, **cache)  # type: ignore[operator]
+    assert isinstance(tokens, Tensor)
+    return tokens.cpu()
+
+
+def check_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    """Compare greedy generation with and without cache: rewritten layers must index it rightly.
+
+    Raises:
+        PlmccError: the tokens differ.
+    """
+    if not same_with_cache(model, inputs):
+        message = "generation with the cache and without it gives different tokens"
+        raise error("PLM402", message, f"model: {type(model).__name__}")
+
+
+@torch.no_grad()
+def same_with_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
+    """Return whether greedy generation gives the same tokens with and without cache."""
+    if not model.can_generate():
+        return True
+    runs = [_greedy(model, inputs, use_cache=cache) for cache in (True, False)]
+    return torch.equal(*runs)
+
+
+def record(model: PreTrainedModel, folder: Path) -> None:
+    """Write the probes of a model into its artifact."""
+    inputs = probe_inputs(model)
+    stored = {f"input.{k}": v.cpu().contiguous() for k, v in inputs.items()}
+    stored |= {f"output.{k}": v.contiguous() for k, v in outputs(model, inputs).items()}
+    if model.can_generate():
+        stored["output.uncached"] = _greedy(model, inputs, use_cache=False)
+    save_file(stored, folder / PROBES)
+
+
+def compare(folder: Path) -> float:
+    """Load an artifact and repeat its probes; return the largest difference relative to the
+    outputs' scale.
+
+    Raises:
+        PlmccError: the outputs or greedy tokens differ, or there are no probes.
+    """
+    return _compared(folder)[0]
+
+
+def _compared(folder: Path) -> tuple[float, int, bool]:
+    """As `compare`; also the number of tensors, and whether there were tokens to compare."""
+    if not (folder / PROBES).exists():
+        raise error("PLM402", "the artifact has no recorded outputs to compare with", str(folder))
+    stored = load_file(folder / PROBES)
+    model = _loaded(folder)
+    inputs = {k.removeprefix("input."): v for k, v in stored.items() if k.startswith("input.")}
+    found = outputs(model, inputs)
+    expected = stored["output.output"]
+    difference = relative_difference(found["output"], expected)
+    bound = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if not difference <= bound:
+        message = (
+            f"the reloaded model differs by {difference:.3g} of its scale from the model in memory"
+        )
+        raise error("PLM402", message, str(folder), allowed=f"at most {bound:g}")
+    for name, cache in (("tokens", True), ("uncached", False)):
+        expected_tokens = stored.get(f"output.{name}")
+        if expected_tokens is None:
+            continue
+        if not torch.equal(_greedy(model, inputs, use_cache=cache), expected_tokens):
+            how = "with" if cache else "without"
+            message = f"the reloaded model generates other tokens {how} cache than it did in memory"
+            raise error("PLM402", message, str(folder))
+    return difference, len(model.state_dict()), "output.tokens" in stored
+
+
+def _loaded(folder: Path) -> PreTrainedModel:
+    """Load an artifact, or what training alone has written: a plain checkpoint.
+
+    Raises:
+        PlmccError: tensors are missing (and would be random), left over, or of another shape.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    kind = auto_class(task_of((config.architectures or [""])[0], folder), config)
+    model, info = kind.from_pretrained(folder, config=config, output_loading_info=True)
+    wrong = {
+        "are not in the weight files and would be random": info["missing_keys"],
+        "are in the weight files and belong nowhere": info["unexpected_keys"],
+        "have another shape in the weight files": [name for name, *_ in info["mismatched_keys"]],
+    }
+    for message, names in wrong.items():
+        if names:
+            listed = listing(sorted(names), 3)
+            raise error("PLM402", f"{len(names)} tensors {message}: {listed}", str(folder))
+    found: PreTrainedModel = model
+    return found
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `plmcc verify` has found to be as recorded."""
+
+    files: int
+    tensors: int
+    difference: float
+    """Largest difference of the probes' outputs, relative to their scale."""
+    generates: bool
+    """Whether greedy tokens were compared too, with and without cache."""
+    unknown: list[str]
+    """Files that nothing records; nothing loads them."""
+
+
+def prove(folder: Path) -> Proof:
+    """Compare an artifact with its lock and with its probes.
+
+    Raises:
+        PlmccError: a file is missing or was changed, the format is another, the model's structure
+            and tensors do not fit each other, or its outputs or tokens are not the recorded ones.
+    """
+    if not folder.is_dir():
+        raise error("PLM401", "the directory does not exist", str(folder))
+    unknown = seal.check(folder)
+    _check_code(folder)
+    difference, tensors, generates = _compared(folder)
+    return Proof(len(seal.read(folder)["files"]), tensors, difference, generates, unknown)
+
+
+def _check_code(folder: Path) -> None:
+    """Check that passes of other distributions are those that made the artifact.
+
+    Raises:
+        PlmccError: the code of one is another.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    modules = (config.get("quantization_config") or {}).get("modules", [])
+    for record in map(Record.from_json, modules):
+        if change := changed_code(record):
+            message = f"the modules of `{record.name}` were {change}"
+            made = record.origin
+            named = made is not None and made.distribution
+            hint = f"pip install {made.distribution}=={made.version}" if made and named else ""
+            raise error("PLM402", message, str(folder), hint=hint)
+
+
+def reloaded_difference(folder: Path, records: Sequence[Record]) -> float:
+    """Load a new artifact and repeat its probes, in a fresh process where that knows all passes:
+    one that was registered with `plmcc.register` is known in this process only.
+
+    Raises:
+        PlmccError: it cannot be loaded, or its outputs are others.
+    """
+    here = any(catalog.is_registered(record.name) for record in records)
+    return compare(folder) if here else in_fresh_process(folder)
+
+
+def in_fresh_process(folder: Path) -> float:
+    """Run `compare` in a new Python process, as a user would load the artifact.
+
+    Raises:
+        PlmccError: it fails there, with its reason.
+    """
+    return fresh("plmcc.artifact.verify", folder, "cannot reload the artifact")
+
+
+def fresh(module: str, folder: Path, failed: str) -> float:
+    """Return the number that a module prints for a folder in a new Python process.
+
+    Raises:
+        PlmccError: it has `failed` there, with its reason.
+    """
+    command = [sys.executable, "-m", module, str(folder)]
+    # It is one process, also where this one has been launched with others.
+    alone = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise error("PLM402", f"a fresh process {failed}: {reason}", str(folder))
+    return float(done.stdout.split()[-1])
+
+
+def answer(compute: Callable[[Path], float]) -> None:
+    """Be that process: print the number for the folder of the command line, or the reason."""
+    try:
+        print(compute(Path(sys.argv[1])))
+    except PlmccError as problem:
+        print(" ".join(problem.render().split()), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    answer(compare)

@@ -1,0 +1,5 @@
+"""`python -m plmcc.cli`."""
+
+from plmcc.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""`plmcc verify`, `reproduce` and `diff`: whether artifacts and models are what they should be."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plmcc.cli.options import Artifact, Format, Output, print_json
+
+if TYPE_CHECKING:
+    from plmcc.pipeline.reproduce import Reproduced
+
+
+def verify(artifact: Artifact, output: Output = Format.text) -> None:
+    """Verify the checksums of an artifact, its tensors, and its outputs in a fresh process."""
+    from plmcc.artifact import lock
+
+    if artifact.is_dir():
+        lock.check(artifact)  # before torch is imported
+
+    from plmcc.artifact.verify import prove
+    from plmcc.utils.terminal import calm
+
+    calm()
+    proof = prove(artifact)
+    if output is Format.json:
+        print_json({"ok": True, "folder": str(artifact)} | asdict(proof))
+        return
+    typer.echo(f"{artifact}: verified")
+    typer.echo(f"  {proof.files} files with the recorded checksums")
+    typer.echo(f"  {proof.tensors} tensors; none is missing, unexpected or random")
+    typer.echo(f"  relative difference of the outputs: {proof.difference:.1e}")
+    if proof.generates:
+        typer.echo("  the same tokens with the cache and without")
+    for name in proof.unknown:
+        typer.echo(f"  note: {name} is not in the lock file")
+
+
+_Base = Annotated[
+    Path | None,
+    typer.Option("--base", metavar="DIR", help="Directory that relative data paths start from."),
+]
+_Second = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Keep the second result here.")
+]
+_Tolerance = Annotated[
+    float, typer.Option("--tolerance", min=0, help="Largest difference of a metric, in points.")
+]
+
+
+def reproduce(
+    artifact: Artifact,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The original model, if it is no longer where it was."),
+    ] = None,
+    base: _Base = None,
+    folder: _Second = None,
+    tolerance: _Tolerance = 0.1,
+    output: Output = Format.text,
+) -> None:
+    """Run the recipe of an artifact again; compare the weights bit by bit, and all metrics."""
+    from plmcc.artifact import lock
+
+    lock.read(artifact)  # before torch is imported
+
+    from plmcc.pipeline.reproduce import reproduce as run_again
+    from plmcc.utils.terminal import calm
+
+    calm()
+    text = output is Format.text
+    with (
+        tempfile.TemporaryDirectory(prefix="plmcc-reproduce-") as location,
+        nullcontext() if text else redirect_stdout(sys.stderr),  # the Trainer prints
+    ):
+        target = folder or Path(location) / artifact.resolve().name
+        found = run_again(artifact, target, model, base, typer.echo if text else lambda _: None)
+    same = found.within(tolerance)
+    if text:
+        _print(artifact, found, same)
+    else:
+        print_json({"ok": same, "folder": str(artifact)} | found.to_json())
+    if not same:
+        raise typer.Exit(1)
+
+
+def _print(artifact: Path, found: Reproduced, same: bool) -> None:
+    if found.identical:
+        typer.echo(f"{artifact}: reproduced; the weights are identical")
+    else:
+        verdict = "reproduced within the tolerance" if same else "not reproduced"
+        typer.echo(f"{artifact}: {verdict}; the weights differ")
+        typer.echo(f"  largest relative difference of a weight: {found.difference:.2e}")
+        if found.stage:
+            typer.echo(f"  first stage that differs: {found.stage}")
+    for one in found.metrics:
+        typer.echo(f"  {one.metric} on {Path(one.data).name}: {one.then:.2f}, now {one.now:.2f}")
+
+
+class Kind(StrEnum):
+    """How `plmcc diff` writes the difference."""
+
+    text = "text"
+    json = "json"
+    html = "html"
+
+
+def diff(
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="The first model: directory, artifact or hub id.")
+    ],
+    second: Annotated[str, typer.Argument(metavar="B", help="The second model, in any such form.")],
+    kind: Annotated[Kind, typer.Option("--format", help="text, json or html.")] = Kind.text,
+    file: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a file.")
+    ] = None,
+) -> None:
+    """Show the modules in which two models differ, and the difference in size and cost."""
+    from plmcc.planning.diff import cells
+    from plmcc.planning.diff import diff as compare
+    from plmcc.report.html import document, table
+    from plmcc.utils.terminal import calm
+
+    calm()
+    found = compare(first, second)
+    tables = cells(found)
+    if kind is Kind.html:
+        text = document(f"{first} and {second}", [table(*one) for one in tables])
+    elif kind is Kind.json:
+        text = json.dumps(found.to_json(), indent=2, ensure_ascii=False)
+    else:
+        text = _plain(tables)
+    typer.echo(text) if file is None else file.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(tables: list[tuple[str, list[str], list[list[str]]]]) -> str:
+    from rich.table import Table
+
+    from plmcc.utils.terminal import console
+
+    shown = console()
+    with shown.capture() as captured:
+        for title, header, rows in tables:
+            one = Table(*header, title=title)
+            for row in rows:
+                one.add_row(*row)
+            shown.print(one if rows else "The modules are the same.")
+    return captured.get().rstrip("\n")

@@ -1,0 +1,41 @@
+"""The recipe of a command: checked before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plmcc.recipe.load import Recipe
+
+
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """A recipe without mistakes, whose passes have options but no code until `load`."""
+
+    path: Path
+    recipe: Recipe
+
+    def load(self) -> Recipe:
+        """Return the recipe with passes that can be applied; this imports torch."""
+        from plmcc.utils.terminal import calm
+
+        calm()
+        return self.recipe.with_code()
+
+
+def check_recipe(path: Path, overrides: Sequence[str] | None) -> CheckedRecipe:
+    """Return the recipe in a file.
+
+    Raises:
+        PlmccError: everything that is wrong with it.
+    """
+    from plmcc.recipe.load import load_recipe
+    from plmcc.recipe.needs import check_calibrated, check_trained
+
+    recipe = load_recipe(path, overrides or ())
+    check_trained(recipe)
+    check_calibrated(recipe)
+    return CheckedRecipe(path, recipe)

@@ -1,0 +1,89 @@
+"""Rows of text as token ids, for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from plmcc.data import question_answering, token_classification
+from plmcc.data.rows import Rows, check_class_labels
+from plmcc.utils.types import Values
+
+
+def encode(
+    rows: Rows,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    classes: int,
+    names: Mapping[str, Any] | None = None,
+    stride: int | None = None,
+) -> Dataset:
+    """Turn rows into model inputs, with `labels` (or the positions of answers) where the task has
+    its own loss.
+
+    A labeled pair of a similarity task becomes `input_ids` and `other_ids` with a label in 0..1
+    (scaled by the largest and smallest label); without labels, the two texts of a pair are separate
+    rows.
+    """
+    tokenize = _Tokenize(tokenizer, max_length)
+    if task == question_answering.TASK:
+        return question_answering.encode_questions(rows, tokenizer, max_length, stride)
+    if task == token_classification.TASK:
+        return token_classification.encode_sentences(rows, tokenizer, max_length, names or {})
+    if task == "translation":
+        return _translations(rows, tokenize)
+    if task == "text-classification":
+        columns = [rows.texts(column) for column in range(len(rows.text))]
+        inputs = tokenize(*columns)
+        if rows.label is not None:
+            inputs["labels"] = check_class_labels(rows, classes, names)
+        return Dataset.from_dict(inputs)
+    if task == "sentence-similarity" and len(rows.text) == 2 and rows.label is not None:
+        return _labeled_pairs(rows, tokenize)
+    return Dataset.from_dict(
+        tokenize([text for c in range(len(rows.text)) for text in rows.texts(c)])
+    )
+
+
+def _translations(rows: Rows, tokenize: _Tokenize) -> Dataset:
+    inputs = tokenize(rows.texts(0))
+    columns = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if len(rows.text) == 2:
+        columns["labels"] = targets(rows.texts(1), tokenize.tokenizer, tokenize.length)
+    return Dataset.from_dict(columns)
+
+
+def targets(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[int]]:
+    """Return the token ids of translations, each with its end, at most `max_length` of them.
+
+    Tokenizers that do not mark the end of a text get it marked here.
+    """
+    end = tokenizer.eos_token_id
+    limits = {"truncation": True, "max_length": max_length}
+    found: list[list[int]] = tokenizer(text_target=texts, **limits)["input_ids"]
+    return [ids if end in ids[-2:] else [*ids[: max_length - 1], end] for ids in found]
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+
+    def __call__(self, *texts: list[str]) -> Values:
+        return dict(self.tokenizer(*texts, truncation=True, max_length=self.length))
+
+
+def _labeled_pairs(rows: Rows, tokenize: _Tokenize) -> Dataset:
+    scores = rows.numbers()
+    low, high = min(scores), max(scores)
+    inputs = tokenize(rows.texts(0))
+    inputs["other_ids"] = tokenize(rows.texts(1))["input_ids"]
+    inputs["labels"] = [(score - low) / max(high - low, 1e-9) for score in scores]
+    return Dataset.from_dict(inputs)

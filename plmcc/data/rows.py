@@ -1,0 +1,397 @@
+"""Rows to train and evaluate on: local txt, csv, tsv, jsonl and parquet files (also .gz), hub data
+sets, or none.
+
+Reading goes through the `datasets` library. Without data, `synthetic` draws token sequences by
+Zipf's law; a teacher's outputs are then the only targets.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, disable_progress_bars, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from plmcc.diagnostics import PlmccError, did_you_mean, error, listing
+from plmcc.recipe.load import Synthetic
+from plmcc.utils.files import matching_files
+from plmcc.utils.text import first_line
+from plmcc.utils.types import Values
+
+SYNTHETIC = "synthetic"
+_BUILDERS = {
+    ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_SINGLE = ("text", "sentence", "content")
+_PAIRS = (
+    ("source", "target"),
+    ("src", "tgt"),
+    ("text_a", "text_b"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+)
+_LABELS = ("label", "labels", "score")
+
+if not sys.stderr.isatty():
+    disable_progress_bars()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows with one or two text columns and perhaps a label column. `source` names them in
+    errors."""
+
+    table: Dataset
+    text: tuple[str, ...]
+    label: str | None
+    source: str
+    skipped: int = 0
+    """Rows left out because a text is missing."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def texts(self, column: int = 0) -> list[str]:
+        """Return the texts of one of the text columns."""
+        return list(self.table[self.text[column]])
+
+    def numbers(self) -> list[float]:
+        """Return the labels as numbers.
+
+        Raises:
+            PlmccError: there is no label column, or a label is not a number.
+        """
+        found = []
+        for row, value in enumerate(self.labels()):
+            try:
+                found.append(float(value))
+            except (TypeError, ValueError):
+                location = f"{self.source}: {self.label}"
+                raise error(
+                    "PLM302",
+                    f"the label of row {row + 1} is not a number",
+                    location,
+                    got=repr(value),
+                ) from None
+        return found
+
+    def labels(self) -> list[Any]:
+        """Return the labels.
+
+        Raises:
+            PlmccError: there is no label column, or a row has none.
+        """
+        if self.label is None:
+            columns = listing(self.table.column_names)
+            raise error(
+                "PLM301",
+                "labels are needed, but no column contains them",
+                self.source,
+                got=columns,
+                hint="set `label:` to the name of the column",
+            )
+        values = list(self.table[self.label])
+        for row, value in enumerate(values):
+            if value is None or (isinstance(value, float) and np.isnan(value)):
+                raise error("PLM302", f"row {row + 1} has no label", f"{self.source}: {self.label}")
+        return values
+
+
+def load_rows(
+    source: str | Sequence[str],
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
+    limit: int | None = None,
+    base: Path | None = None,
+    target: str | Sequence[str] | None = None,
+) -> Rows:
+    """Read rows.
+
+    Args:
+        source: a file, a glob, `hub:name[/config][@split]`, or a list of files.
+        text: the text column or the two columns of a pair; by default the first usual name that
+            exists.
+        label: the label column; by default the first usual name that exists.
+        limit: keep only the first rows.
+        base: where relative paths start, if they do not exist in the current directory.
+        target: the second texts of pairs where they are files of their own, line by line.
+
+    Raises:
+        PlmccError: a file is missing, empty, unreadable or of an unknown kind, or a column is not
+            there.
+    """
+    name = source if isinstance(source, str) else ", ".join(source)
+    table = read_table(source, base)
+    if target is not None:
+        table, text, label = _aligned(table, text, name, target, base), None, None
+    columns = columns_of(table, text, name)
+    found_label = _label_column(table, label, name)
+    count = len(table)
+    table = table.filter(lambda row: all((row[c] or "").strip() for c in columns))
+    skipped = count - len(table)
+    if len(table) == 0:
+        raise error("PLM301", f"every row is empty in {' and '.join(columns)}", name)
+    table = table.select(range(min(limit or len(table), len(table))))
+    return Rows(table, columns, found_label, name, skipped)
+
+
+def read_table(source: str | Sequence[str], base: Path | None = None) -> Dataset:
+    """Return the rows of files or of a data set of the hub as they are, with all columns.
+
+    Raises:
+        PlmccError: as `load_rows` says.
+    """
+    name = source if isinstance(source, str) else ", ".join(source)
+    if name == SYNTHETIC:
+        message = "synthetic rows have no text and no labels to evaluate on"
+        raise error("PLM301", message, name, hint="name a file")
+    table = _from_hub(name) if name.startswith("hub:") else _from_files(source, base)
+    if len(table) == 0:
+        raise error("PLM301", "there are no rows", name)
+    return table
+
+
+def read_text(file: Path) -> str:
+    """Return what is in a file of text, which may be compressed.
+
+    Raises:
+        PlmccError: it cannot be read.
+    """
+    try:
+        content = file.read_bytes()
+        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
+        reason = first_line(problem)
+        raise error("PLM301", f"the file cannot be read: {reason}", str(file)) from None
+
+
+def _aligned(
+    table: Dataset,
+    text: str | Sequence[str] | None,
+    name: str,
+    target: str | Sequence[str],
+    base: Path | None,
+) -> Dataset:
+    """Join the rows of two sources, line by line."""
+    other = target if isinstance(target, str) else ", ".join(target)
+    second = read_table(target, base)
+    columns = [_text_columns(part, text, n)[0] for part, n in ((table, name), (second, other))]
+    if len(table) != len(second):
+        given = f"{len(table)} rows in {name}, {len(second)} in {other}"
+        hint = "line N of one file must be the translation of line N of the other"
+        raise error("PLM301", "source and target are not aligned", other, got=given, hint=hint)
+    return Dataset.from_dict({"source": table[columns[0]], "target": second[columns[1]]})
+
+
+def data_files(source: str | Sequence[str], base: Path | None = None) -> list[Path]:
+    """Return the local files that a source names; none for the hub and `synthetic`.
+
+    Raises:
+        PlmccError: a path or glob that names no file.
+    """
+    names = [source] if isinstance(source, str) else list(source)
+    names = [name for name in names if name != SYNTHETIC and not name.startswith("hub:")]
+    return [path for name in names for path in matching_files(name, base)]
+
+
+def synthetic_rows(
+    settings: Synthetic, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> Dataset:
+    """Draw token sequences by Zipf's law over the vocabulary in the order of ids; the columns are
+    the model's inputs.
+
+    Special and unused tokens are left out, and added around each sequence as the tokenizer does.
+    """
+    ids = _plain_ids(vocab_size, tokenizer)
+    weights = 1.0 / np.arange(1, len(ids) + 1) ** settings.exponent
+    generator = np.random.default_rng(seed)
+    drawn = generator.choice(ids, (settings.sequences, settings.length), p=weights / weights.sum())
+    return Dataset.from_list([_framed(row.tolist(), tokenizer) for row in drawn])
+
+
+def _plain_ids(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> np.ndarray[Any, Any]:
+    if tokenizer is None:
+        return np.arange(vocab_size)
+    special = set(tokenizer.all_special_ids)
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+    keep = [
+        i
+        for i in range(vocab_size)
+        if i in tokens and i not in special and "[unused" not in tokens[i]
+    ]
+    return np.array(keep)
+
+
+def _framed(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, list[int]]:
+    if (
+        tokenizer is not None
+        and tokenizer.cls_token_id is not None
+        and tokenizer.sep_token_id is not None
+    ):
+        ids = [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+    elif tokenizer is not None and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+
+def _from_hub(source: str) -> Dataset:
+    name, _, split = source.removeprefix("hub:").partition("@")
+    parts = name.split("/")
+    config = parts[2] if len(parts) == 3 else None
+    try:
+        return load_dataset("/".join(parts[:2]), config, split=split or "train")
+    except Exception as problem:  # the library raises many kinds, all with a usable text
+        raise error(
+            "PLM301", f"the dataset cannot be loaded: {first_line(problem)}", source
+        ) from None
+
+
+def _from_files(source: str | Sequence[str], base: Path | None) -> Dataset:
+    files = data_files(source, base)
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1:
+        given = ", ".join(sorted(kinds))
+        raise error("PLM301", "files of different kinds cannot be mixed", str(files[0]), got=given)
+    for file in files:
+        if file.stat().st_size == 0:
+            raise error("PLM301", "the file is empty", str(file))
+    return _read(kinds.pop(), files)
+
+
+def _kind(file: Path) -> str:
+    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
+    if suffix in (".en", ".de", ".fr", ""):  # line-aligned text files of parallel corpora
+        suffix = ".txt"
+    if suffix not in _BUILDERS:
+        raise error(
+            "PLM301",
+            f"data files of the type `{suffix}` are not supported",
+            str(file),
+            allowed=", ".join(_BUILDERS),
+        )
+    return suffix
+
+
+def _read(suffix: str, files: list[Path]) -> Dataset:
+    options: Values = {}
+    if suffix == ".tsv":
+        options = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}
+    elif suffix == ".csv":
+        options = {"keep_default_na": False, "na_values": [""]}
+    paths = [str(file) for file in files]
+    try:
+        return load_dataset(_BUILDERS[suffix], data_files=paths, split="train", **options)
+    except Exception as problem:  # as above
+        reason = problem.__cause__ or problem
+        if "corresponds to no data" in str(reason):
+            raise error("PLM301", "there are no rows", ", ".join(paths)) from None
+        raise error(
+            "PLM301", f"the file cannot be read: {first_line(reason)}", ", ".join(paths)
+        ) from None
+
+
+def _text_columns(table: Dataset, text: str | Sequence[str] | None, source: str) -> tuple[str, ...]:
+    names = table.column_names
+    if text is not None:
+        columns = (text,) if isinstance(text, str) else tuple(text)
+        return tuple(existing(column, names, source) for column in columns)
+    for pair in _PAIRS:
+        if set(pair) <= set(names):
+            return pair
+    for single in _SINGLE:
+        if single in names:
+            return (single,)
+    raise error(
+        "PLM301",
+        "the text column is unknown",
+        source,
+        got=listing(names),
+        allowed="one or two columns that `text:` names",
+    )
+
+
+def columns_of(table: Dataset, text: str | Sequence[str] | None, source: str) -> tuple[str, ...]:
+    """Return the columns of text: those named, or the usual ones.
+
+    Raises:
+        PlmccError: one is not there, or does not hold text.
+    """
+    columns = _text_columns(table, text, source)
+    _check_text(table, columns, source)
+    return columns
+
+
+def _check_text(table: Dataset, columns: Sequence[str], source: str) -> None:
+    for column in columns:
+        kind = getattr(table.features[column], "dtype", "nested values")
+        if kind not in ("string", "large_string", "null"):
+            message = f"the column `{column}` does not contain text"
+            raise error("PLM301", message, source, got=kind, hint="choose another one with `text:`")
+
+
+def _label_column(table: Dataset, label: str | None, source: str) -> str | None:
+    if label is not None:
+        return existing(label, table.column_names, source)
+    return next((name for name in _LABELS if name in table.column_names), None)
+
+
+def existing(column: str, names: list[str], source: str) -> str:
+    """Return the name of a column.
+
+    Raises:
+        PlmccError: there is none of that name.
+    """
+    if column not in names:
+        hint = did_you_mean(column, names)
+        raise error(
+            "PLM301", f"there is no column `{column}`", source, allowed=listing(names), hint=hint
+        )
+    return column
+
+
+def check_class_labels(
+    rows: Rows, classes: int, names: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Return integer labels within 0..classes-1; `names` are the model's own names of classes.
+
+    Raises:
+        PlmccError: a label that is no whole number or outside the head's range.
+    """
+    if classes == 1:
+        message = "the model's head is for regression (one label), which is not supported"
+        raise error("PLM303", message, rows.source, hint="use a model with two or more classes")
+    labels = []
+    for row, value in enumerate(rows.labels()):
+        value = (names or {}).get(str(value), value)
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            raise _bad_label(rows, row, value, classes) from None
+        if number != float(value) or not 0 <= number < classes:
+            raise _bad_label(rows, row, value, classes)
+        labels.append(number)
+    return labels
+
+
+def _bad_label(rows: Rows, row: int, value: object, classes: int) -> PlmccError:
+    message = f"the label of row {row + 1} is outside the head's range"
+    return error(
+        "PLM302",
+        message,
+        f"{rows.source}: {rows.label}",
+        got=repr(value),
+        allowed=f"whole numbers 0 to {classes - 1}",
+    )

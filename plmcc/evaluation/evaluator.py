@@ -1,0 +1,358 @@
+"""Figures of a model on data: task metrics through scikit-learn and scipy, perplexity, fidelity to
+the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn import metrics
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from plmcc.data import question_answering, token_classification
+from plmcc.data.collate import collator, padding
+from plmcc.data.encoding import encode
+from plmcc.data.pooling import Pooling, last_states
+from plmcc.data.rows import Rows, check_class_labels
+from plmcc.data.tasks import classes_of, task_of
+from plmcc.data.windows import Inputs, by_length
+from plmcc.diagnostics import Location, error
+from plmcc.inference.batches import generated
+from plmcc.utils.extras import library
+
+_BATCH = 64
+_TRANSLATION = ("bleu", "chrf")
+_CLASSES: dict[str, Callable[[list[int], list[int]], float]] = {
+    "accuracy": metrics.accuracy_score,
+    "f1": lambda truth, found: metrics.f1_score(
+        truth, found, average="binary" if max(truth) < 2 else "macro"
+    ),
+    "matthews": metrics.matthews_corrcoef,
+}
+_CORRELATIONS: dict[str, Callable[[object, object], object]] = {
+    "spearman": stats.spearmanr,
+    "pearson": stats.pearsonr,
+}
+
+
+_WINDOWED = {
+    question_answering.TASK: ("exact_match", "f1", "fidelity"),
+    token_classification.TASK: ("f1", "accuracy", "fidelity"),
+}
+
+
+def check_metric(metric: str, task: str, location: Location | str = "evaluate") -> None:
+    """Check that a metric is one of the task's, where that does not depend on the rows.
+
+    Raises:
+        PlmccError: it is not.
+    """
+    allowed = _WINDOWED.get(task)
+    if allowed is None and metric == "exact_match":
+        message = f"exact_match is a metric of {question_answering.TASK}"
+        raise error(
+            "PLM303", message, location, got=f"the task {task}", hint="choose another metric"
+        )
+    if allowed is not None and metric not in allowed:
+        raise error(
+            "PLM303",
+            f"{metric} is not a metric of {task}",
+            location,
+            got=metric,
+            allowed=", ".join(allowed),
+        )
+
+
+class Evaluator:
+    """Computes metrics of one model. `original` is what `fidelity` compares with."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling: Pooling,
+        original: PreTrainedModel | None = None,
+        max_length: int = 128,
+        num_beams: int = 4,
+        max_new_tokens: int = 128,
+    ) -> None:
+        self.search = (num_beams, max_new_tokens)
+        self.model, self.tokenizer = model.eval(), padding(tokenizer)
+        self.pooling, self.original = pooling, original
+        self.max_length, self.task = max_length, task_of(type(model).__name__)
+
+    @torch.no_grad()
+    def compute(self, metric: str, rows: Rows) -> float:
+        """Return a metric; correlations, accuracies and fidelity are in percent, perplexity is per
+        token, kl_divergence in nats a prediction.
+
+        Raises:
+            PlmccError: the rows or the model do not have what the metric needs.
+        """
+        check_metric(metric, self.task)
+        if self.task in _WINDOWED:
+            return 100 * self._windowed(metric, rows)
+        if metric in _CORRELATIONS:
+            return 100 * self._correlation(_CORRELATIONS[metric], rows)
+        if metric in _CLASSES:
+            return 100 * self._classification(_CLASSES[metric], rows)
+        if metric == "perplexity":
+            return self._perplexity(rows)
+        if metric in _TRANSLATION:
+            return self._translation(metric, rows)
+        if metric == "kl_divergence":
+            return self._divergence(rows)
+        assert metric == "fidelity", metric
+        return 100 * self._fidelity(rows)
+
+    def translate(self, texts: list[str]) -> list[str]:
+        """Return translations, by beam search."""
+        options = {"truncation": True, "max_length": self.max_length}
+        sources = self.tokenizer(texts, **options)["input_ids"]
+        found = generated(self.model, sources, *self.search)
+        return list(self.tokenizer.batch_decode(found, skip_special_tokens=True))
+
+    def _translation(self, metric: str, rows: Rows) -> float:
+        """Corpus BLEU or chrF by sacreBLEU's defaults, on detokenized text."""
+        if len(rows.text) != 2:
+            raise error(
+                "PLM301",
+                f"{metric} needs reference translations",
+                rows.source,
+                hint="add `target:` with the translations",
+            )
+        if not self.model.config.is_encoder_decoder:
+            raise error(
+                "PLM303",
+                f"{metric} needs a translation model",
+                "evaluate",
+                got=type(self.model).__name__,
+            )
+        sacrebleu = library("sacrebleu", "eval", "this metric", "evaluate")
+        compute = sacrebleu.corpus_bleu if metric == "bleu" else sacrebleu.corpus_chrf
+        return float(compute(self.translate(rows.texts(0)), [rows.texts(1)]).score)
+
+    def embed(self, texts: list[str], model: PreTrainedModel | None = None) -> Tensor:
+        """Return pooled outputs (N, D), float32, of length 1."""
+        parts: list[tuple[list[int], Tensor]] = []
+        for order, batch in self._batches(texts):
+            output = (model or self.model)(**batch, output_hidden_states=True)
+            parts.append((order, self.pooling(last_states(output), batch["attention_mask"]).cpu()))
+        return _restored(parts, len(texts))
+
+    def _batches(self, *texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Batches of texts of similar length, with the positions they come from."""
+        order = sorted(range(len(texts[0])), key=lambda i: sum(len(column[i]) for column in texts))
+        for start in range(0, len(order), _BATCH):
+            part = order[start : start + _BATCH]
+            columns = [[column[i] for i in part] for column in texts]
+            options = {"padding": True, "truncation": True, "max_length": self.max_length}
+            batch = self.tokenizer(*columns, return_tensors="pt", **options)
+            yield part, dict(batch.to(self.model.device))
+
+    def predict(self, rows: Rows, model: PreTrainedModel | None = None) -> list[Any]:
+        """Return the answer to each question, or the labels of the words of each sentence."""
+        given = (rows, self.tokenizer, self.max_length)
+        if self.task == question_answering.TASK:
+            inputs, made = question_answering.question_windows(*given)
+            return question_answering.best_answers(rows, made, self._outputs(inputs, model))
+        inputs, made, begun = token_classification.sentence_windows(*given)
+        outputs = self._outputs(inputs, model)
+        return token_classification.best_labels(rows, made, begun, outputs)
+
+    def _outputs(
+        self, inputs: Inputs, model: PreTrainedModel | None
+    ) -> Iterator[tuple[list[int], object]]:
+        """What the model returns for windows, batch by batch, with the places of these."""
+        pad = collator(self.task, self.tokenizer)
+        for order in by_length(inputs, _BATCH):
+            batch = pad([{name: column[i] for name, column in inputs.items()} for i in order])
+            placed = {name: value.to(self.model.device) for name, value in batch.items()}
+            yield order, (model or self.model)(**placed)
+
+    def _windowed(self, metric: str, rows: Rows) -> float:
+        """Figures of answers or of labeled words."""
+        found = self.predict(rows)
+        if metric == "fidelity":
+            assert self.original is not None, "fidelity compares with the original"
+            return _same(found, self.predict(rows, self.original))
+        if self.task == question_answering.TASK:
+            answers = question_answering.answers_of(rows)
+            return question_answering.squad(metric, found, [[a.text for a in o] for o in answers])
+        names = self.model.config.label2id
+        truths = token_classification.label_ids(rows, names)
+        if metric == "accuracy":
+            return _same(truths, found)
+        return token_classification.entity_f1(truths, found, names)
+
+    def _correlation(self, measure: Callable[[object, object], Any], rows: Rows) -> float:
+        if len(rows.text) != 2:
+            raise error(
+                "PLM301",
+                "a correlation needs two columns of text",
+                rows.source,
+                hint="name the columns with `text:`",
+            )
+        first, second = (self.embed(rows.texts(column)) for column in (0, 1))
+        labels = rows.numbers()
+        return float(measure((first * second).sum(-1).numpy(), labels)[0])
+
+    def _classification(
+        self, measure: Callable[[list[int], list[int]], float], rows: Rows
+    ) -> float:
+        columns = [rows.texts(column) for column in range(len(rows.text))]
+        parts = [
+            (order, self._logits(batch).argmax(-1).cpu())
+            for order, batch in self._batches(*columns)
+        ]
+        config = self.model.config
+        labels = check_class_labels(rows, classes_of(self.model), config.label2id)
+        return float(measure(labels, _restored(parts, len(rows)).tolist()))
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.model(**batch).get("logits")
+        if logits is None or logits.dim() != 2:
+            raise error(
+                "PLM303",
+                "this metric needs a classification head",
+                "evaluate",
+                hint="set `task: text-classification`",
+            )
+        return logits  # type: ignore[no-any-return]
+
+    def _perplexity(self, rows: Rows) -> float:
+        """exp of the mean loss of each next token."""
+        if not self.model.can_generate():
+            raise error(
+                "PLM303",
+                "perplexity needs a causal language model",
+                "evaluate",
+                got=type(self.model).__name__,
+                hint="use `fidelity`",
+            )
+        total, tokens = 0.0, 0
+        if self.model.config.is_encoder_decoder:
+            for batch in self._forced(rows):
+                logits_BLV, targets_BL = self.model(**batch).logits.float(), batch["labels"]
+                flat = (logits_BLV.flatten(0, 1), targets_BL.flatten())
+                total += float(F.cross_entropy(*flat, reduction="sum"))
+                tokens += int((targets_BL != -100).sum())
+            return _exp(total / max(1, tokens))
+        for _, batch in self._batches(rows.texts()):
+            logits_BLV = self.model(**batch).logits[:, :-1].float()
+            padding_BL = batch["attention_mask"][:, 1:] == 0
+            targets_BL = batch["input_ids"][:, 1:].masked_fill(padding_BL, -100)
+            loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), reduction="sum")
+            total, tokens = total + float(loss), tokens + int((targets_BL != -100).sum())
+        return _exp(total / max(1, tokens))
+
+    def _forced(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
+        """Batches of sources and references, as the decoder is trained on them."""
+        if len(rows.text) != 2:
+            raise error(
+                "PLM301",
+                "this metric needs reference translations",
+                rows.source,
+                hint="add `target:` with the translations",
+            )
+        pad = collator("translation", self.tokenizer, self.model.config)
+        table = encode(rows, "translation", self.tokenizer, self.max_length, 0)
+        sources = table["input_ids"][:]
+        order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+        for start in range(0, len(order), _BATCH):
+            batch = pad(list(table.select(order[start : start + _BATCH])))
+            yield {name: value.to(self.model.device) for name, value in batch.items()}
+
+    def _token_fidelity(self, rows: Rows) -> float:
+        assert self.original is not None
+        same, tokens = 0, 0
+        for batch in self._forced(rows):
+            real_BL = batch["labels"] != -100
+            mine, theirs = (m(**batch).logits.argmax(-1) for m in (self.model, self.original))
+            same += int((mine == theirs)[real_BL].sum())
+            tokens += int(real_BL.sum())
+        return same / max(1, tokens)
+
+    def _fidelity(self, rows: Rows) -> float:
+        """With a head, the share of equal predictions; without one, the mean cosine of pooled
+        outputs with the original's. Of translations, the share of tokens that both would choose
+        next after the beginning of the reference."""
+        assert self.original is not None, "fidelity compares with the original"
+        if self.model.config.is_encoder_decoder:
+            return self._token_fidelity(rows)
+        columns = [rows.texts(column) for column in range(len(rows.text))]
+        if self.model.get_output_embeddings() is None and self.model.base_model is self.model:
+            columns = [[text for column in columns for text in column]]
+        agreements: list[Tensor] = []
+        for _, batch in self._batches(*columns):
+            mine, theirs = (self._signature(model, batch) for model in (self.model, self.original))
+            same = (
+                F.cosine_similarity(mine, theirs, dim=-1)
+                if mine.is_floating_point()
+                else (mine == theirs).float()
+            )
+            agreements.append(same.cpu())
+        return float(torch.cat(agreements).mean())
+
+    def _divergence(self, rows: Rows) -> float:
+        """Mean KL(original || model) over predictions: of classes, or of tokens that are not
+        padding; of translations, of each next token after the beginning of the reference."""
+        assert self.original is not None, "kl_divergence compares with the original"
+        total, count = 0.0, 0
+        for batch, real in self._with_real(rows):
+            outputs = [m(**batch).get("logits") for m in (self.original, self.model)]
+            if outputs[0] is None:
+                raise error(
+                    "PLM303",
+                    "kl_divergence needs a head, but the model has none",
+                    "evaluate",
+                    hint="use `fidelity`",
+                )
+            theirs_NV, mine_NV = (logits.float()[real].log_softmax(-1) for logits in outputs)
+            total += float(F.kl_div(mine_NV, theirs_NV, log_target=True, reduction="sum"))
+            count += len(mine_NV)
+        return total / max(1, count)
+
+    def _with_real(self, rows: Rows) -> Iterator[tuple[dict[str, Tensor], object]]:
+        """Batches, and where there is something to predict in them."""
+        if self.model.config.is_encoder_decoder:
+            yield from ((batch, batch["labels"] != -100) for batch in self._forced(rows))
+            return
+        columns = [rows.texts(column) for column in range(len(rows.text))]
+        for _, batch in self._batches(*columns):
+            classes = self.task == "text-classification"
+            yield batch, (slice(None) if classes else batch["attention_mask"].bool())
+
+    def _signature(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        """Pooled outputs (B, D), or the predicted classes or tokens."""
+        output = model(**batch, output_hidden_states=True)
+        logits: Tensor | None = output.get("logits")
+        if logits is None:
+            return self.pooling(last_states(output), batch["attention_mask"])
+        predicted = logits.argmax(-1)
+        return predicted if predicted.dim() == 1 else predicted[batch["attention_mask"].bool()]
+
+
+def _same(one: list[Any], two: list[Any]) -> float:
+    """The share of equal answers, or of equal labels of words."""
+    if one and isinstance(one[0], list):
+        one, two = ([label for row in part for label in row] for part in (one, two))
+    return float(np.mean([a == b for a, b in zip(one, two, strict=True)]))
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _restored(parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
+    order = torch.tensor([index for part, _ in parts for index in part])
+    values = torch.cat([value for _, value in parts])
+    result = torch.empty((count, *values.shape[1:]), dtype=values.dtype)
+    result[order] = values
+    return result

@@ -1,0 +1,1 @@
+"""`plmcc search` (optuna) and `plmcc compare` (baselines of the same size)."""

@@ -1,0 +1,1 @@
+"""Programs that run without the code of the model: AOTInductor, ONNX, ExecuTorch."""

@@ -1,0 +1,62 @@
+"""The programs of an exported translation model, loaded.
+
+Nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from plmcc.diagnostics import error
+from plmcc.export.manifest import Manifest
+from plmcc.export.runners import open_aoti
+from plmcc.inference.beam_search import GenerationSettings
+from plmcc.utils.types import Values
+
+
+class ExportedSearch:
+    """Programs of an export (`plmcc.inference.decode.Programs`), and their default search."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        assert manifest.translation is not None
+        self._values: Values = manifest.translation
+        known = self._values["search"]
+        self.search = GenerationSettings(**known | {n: tuple(known[n]) for n in ("eos", "banned")})
+        self._encode = open_aoti(folder / "encode.pt2", manifest.device)
+        self._steps = {
+            size: open_aoti(folder / f"step-{size}.pt2", manifest.device, replayed=True)
+            for size in self._values["steps"]
+        }
+
+    @property
+    def restrictions(self) -> tuple[tuple[int, ...], bool]:
+        """What the model's generation config forbade to write."""
+        return self.search.restrictions
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Heads and width of each self-attention cache."""
+        return [(heads, width) for heads, width in self._values["shapes"]]
+
+    def encode(self, source_BS: Tensor, mask_BS: Tensor) -> list[Tensor]:
+        """Read the source."""
+        return self._encode([source_BS, mask_BS])
+
+    def step(self, candidates: int, inputs: list[Tensor]) -> list[Tensor]:
+        """Read one target token in each beam."""
+        size = candidates if candidates == 1 else min(s for s in self._steps if s >= candidates)
+        return self._steps[size](inputs)
+
+    def check(self, search: GenerationSettings) -> None:
+        """Refuse a search that there is no program for.
+
+        Raises:
+            PlmccError: it needs more candidates than the export was made for.
+        """
+        if search.candidates not in self._steps and (
+            search.candidates == 1 or search.candidates > max(self._steps)
+        ):
+            message = f"the export has no program for {search.num_beams} beams"
+            raise error("PLM502", message, hint="export the model with that --beam")

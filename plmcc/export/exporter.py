@@ -1,0 +1,175 @@
+"""Ahead of time: a directory of programs, tokenizer and manifest (`exported.Exported`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from plmcc.artifact.environment import versions
+from plmcc.diagnostics import error
+from plmcc.export.encoder import check_encoder, write_encoder
+from plmcc.export.int8 import quantize
+from plmcc.export.manifest import Manifest, is_export
+from plmcc.export.proof import prove, record
+from plmcc.export.targets import NEEDED, check_target
+from plmcc.export.translation import check_programs, write_translation
+from plmcc.inference.generate import translates
+from plmcc.models.source import folder_digests, load_source
+from plmcc.utils.files import check_outside, replace_directory
+
+
+def export_directory(
+    name: str,
+    target: Path,
+    to: str = "aoti",
+    *,
+    num_beams: int = 4,
+    overwrite: bool = False,
+    int8: bool = False,
+) -> Manifest:
+    """Export a model directory, an artifact or a hub id; otherwise as `export_model`.
+
+    Raises:
+        PlmccError: as `export_model`, and if the model cannot be loaded.
+    """
+    check_target(to)
+    source = load_source(name)
+    check_outside(target, Path(name))
+    return export_model(
+        source.model,
+        source.tokenizer,
+        target,
+        to,
+        num_beams=num_beams,
+        overwrite=overwrite,
+        int8=int8,
+        base=source.folder,
+    )
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    target: Path,
+    to: str = "aoti",
+    *,
+    num_beams: int = 4,
+    overwrite: bool = False,
+    int8: bool = False,
+    base: Path | None = None,
+) -> Manifest:
+    """Write programs, tokenizer and manifest into a directory.
+
+    The program of an encoder is loaded again in a fresh process and compared with the model (of an
+    artifact also with its recorded probes) for several batch sizes and lengths.
+
+    Args:
+        model: an encoder, or (aoti) an encoder-decoder that translates; it is moved and cast.
+        tokenizer: written beside the programs.
+        target: the directory; what is there is complete.
+        to: "aoti", "onnx" or "executorch"; aoti makes programs for the model's own device.
+        num_beams: translation: the most beams that can be asked for.
+        overwrite: replace an earlier export.
+        int8: round linear layers, by torchao (aoti) or onnxruntime (onnx); the model is changed.
+        base: the directory that the model was loaded from.
+
+    Raises:
+        PlmccError: the model does not go to this target, a library is missing, the program
+            computes something else, or the directory cannot be written.
+    """
+    check_export(model, to)
+    _check_int8(int8, to)
+    _check_target(target, overwrite)
+    try:
+        with replace_directory(target) as draft:
+            name = target.name
+            return _write(model.eval(), tokenizer, draft, to, num_beams, int8, name, base)
+    except OSError as problem:
+        message = f"the export cannot be written: {problem.strerror or problem}"
+        raise error("PLM501", message, str(target)) from None
+
+
+def _check_int8(int8: bool, to: str) -> None:
+    if int8 and to == "executorch":
+        hint = "export to aoti or onnx, or quantize with the pass `quantized_linears`"
+        raise error("PLM502", "`--int8` is not supported for executorch", "--int8", hint=hint)
+
+
+def check_export(model: PreTrainedModel, to: str) -> None:
+    """Check that a model goes to a target, and that what this needs is installed.
+
+    Raises:
+        PlmccError: it does not, or something is missing.
+    """
+    check_target(to)
+    if translates(model) and to == "aoti":
+        check_programs(model)
+    else:
+        check_encoder(model, to)
+
+
+def _move(model: torch.nn.Module, to: str) -> None:
+    """Move a model to where its program runs, in the dtype that it has there."""
+    if to != "aoti":
+        model.to("cpu")
+    if next(model.parameters()).device.type == "cpu":
+        model.float()  # half precision is slower on most processors, and rounds more
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    to: str,
+    num_beams: int,
+    int8: bool,
+    name: str,
+    base: Path | None,
+) -> Manifest:
+    rough = model.dtype is not torch.float32
+    _move(model, to)
+    encoder = not translates(model)
+    if encoder:
+        record(model, folder, base)
+    if int8 and to == "aoti":
+        quantize(model)
+    if encoder:
+        own = write_encoder(model, folder, to, int8)
+    else:
+        own = write_translation(model, folder, num_beams)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    manifest = Manifest(
+        kind="encoder" if encoder else "translation",
+        target=to,
+        name=name,
+        architecture=type(model).__name__,
+        source=folder_digests(base),
+        int8=int8,
+        device=model.device.type,
+        cpu=torch.backends.cpu.get_cpu_capability(),
+        versions=versions() | {n: importlib.metadata.version(n) for n in NEEDED[to]},
+        **own,
+    )
+    manifest.write(folder)
+    return prove(folder, rough or int8) if encoder else manifest
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        hint = "choose another directory"
+        raise error("PLM501", "the output directory is a file", str(target), hint=hint)
+    if target.exists() and any(target.iterdir()):
+        ours = is_export(target)
+        if not (overwrite and ours):
+            message = "the output directory exists" + ("" if ours else " and contains no export")
+            hint = (
+                "add --overwrite, or choose another directory"
+                if ours
+                else "choose another directory"
+            )
+            raise error("PLM501", message, str(target), hint=hint)
+    target.parent.mkdir(parents=True, exist_ok=True)

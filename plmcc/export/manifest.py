@@ -1,0 +1,146 @@
+"""`manifest.json`: what an export directory holds, what it was made from, and where it runs.
+
+Nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from plmcc.artifact.lock import digest
+from plmcc.diagnostics import error
+from plmcc.utils.types import Values
+
+MANIFEST = "manifest.json"
+FORMAT = 4
+_MARK = "plmcc_export"
+_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says of the programs beside it."""
+
+    kind: Literal["encoder", "translation"]
+    target: str
+    name: str
+    architecture: str
+    source: dict[str, str]
+    """SHA-256 of weights and config of what was exported; empty for a model made in Python."""
+    inputs: list[Values]
+    """`name`, `dtype`, `shape` (numbers, or names of `dimensions`), and how many `values` there
+    are, from 0 on."""
+    outputs: list[Values]
+    """`name`, `dtype` and `shape`, in the order of the program."""
+    dimensions: dict[str, list[int | None]]
+    """The smallest and the largest size of each dimension that is free; None is no limit."""
+    int8: bool
+    """Whether linear layers were rounded for the export."""
+    device: str
+    cpu: str
+    """What `.pt2` files need of the processor, in torch's words."""
+    versions: dict[str, str]
+    difference: float | None = None
+    """Largest difference of the outputs on the probes, relative to their scale."""
+    files: dict[str, str] | None = None
+    """SHA-256 of the other files."""
+    translation: Values | None = None
+    """Translation: `shapes` of the self-attention caches (heads and width), candidates of each
+    `step-N.pt2` (`steps`), and the default `search` (`GenerationSettings`)."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model can read."""
+        return int(self.inputs[0]["values"])
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens of a text the model can read (and write), if there is a limit."""
+        return self.dimensions["length"][1]
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder, with the digests of the files that are there."""
+        found = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+        files = {file.relative_to(folder).as_posix(): digest(file) for file in found}
+        values = {_MARK: FORMAT} | asdict(self) | {"files": files}
+        (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read it.
+
+        Raises:
+            PlmccError: there is none, or it cannot be understood.
+        """
+        location = str(folder / MANIFEST)
+        try:
+            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            hint = "make one with `plmcc export`"
+            raise error("PLM401", "this is not an export directory", location, hint=hint) from None
+        except (OSError, ValueError) as problem:
+            raise error("PLM401", f"it cannot be read: {problem}", location) from None
+        known = {field.name for field in fields(cls)}
+        if (
+            not isinstance(values, dict)
+            or values.pop(_MARK, None) != FORMAT
+            or set(values) != known
+        ):
+            hint = "export the model again"
+            raise error("PLM401", "another version of plmcc wrote this", location, hint=hint)
+        return cls(**values)
+
+    def check(self, folder: Path) -> None:
+        """Refuse programs that were changed, or that this machine or torch cannot run.
+
+        Raises:
+            PlmccError: they were, or it cannot.
+        """
+        if self.target == "aoti":
+            self._check_machine(folder)
+        for name, expected in (self.files or {}).items():
+            if Path(name).suffix not in (".pt2", ".onnx", ".pte"):
+                continue
+            hint = "export the model again"
+            if not (folder / name).is_file():
+                message = "a program of the export is missing"
+                raise error("PLM402", message, str(folder / name), hint=hint)
+            if digest(folder / name) != expected:
+                message = "the file was changed after it was written"
+                raise error("PLM402", message, str(folder / name), hint=hint)
+
+    def _check_machine(self, folder: Path) -> None:
+        hint = "export the model here"
+        if _minor(self.versions["torch"]) != _minor(torch.__version__):
+            message = "the programs were compiled by another version of torch"
+            given, allowed = self.versions["torch"], torch.__version__
+            raise error("PLM402", message, str(folder), got=given, allowed=allowed, hint=hint)
+        here = torch.backends.cpu.get_cpu_capability()
+        if self.cpu != here and not _runs(self.cpu, here):
+            message = "the programs were compiled for another processor"
+            raise error("PLM402", message, str(folder), got=self.cpu, allowed=here, hint=hint)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise error("PLM402", "the programs need a GPU", str(folder), hint=hint)
+
+
+def is_export(folder: Path) -> bool:
+    """Say whether a directory holds an export, of any version of plmcc."""
+    try:
+        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and _MARK in values
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]
+
+
+def _runs(code: str, here: str) -> bool:
+    known = code in _CAPABILITIES and here in _CAPABILITIES
+    return known and _CAPABILITIES.index(code) <= _CAPABILITIES.index(here)

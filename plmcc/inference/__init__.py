@@ -1,0 +1,1 @@
+"""torch.compile, compiled beam search and CUDA graphs."""

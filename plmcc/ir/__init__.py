@@ -1,0 +1,1 @@
+"""The model as the compiler sees it: sites, targets, layer graphs, branches."""

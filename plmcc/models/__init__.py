@@ -1,0 +1,1 @@
+"""The model that a recipe is applied to: loaded, or new."""

@@ -1,0 +1,355 @@
+"""The model that a recipe is applied to: loaded from a folder or the hub, with tokenizer and
+pooling."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from plmcc.artifact import format as artifact
+from plmcc.artifact.lock import digest
+from plmcc.data.pooling import Pooling
+from plmcc.data.tasks import auto_class, task_of
+from plmcc.diagnostics import PlmccError, error, listing, nearest
+from plmcc.ir.probes import positions_of
+from plmcc.utils.text import first_line
+from plmcc.utils.types import Values
+from plmcc.vectors.files import kind_of
+
+_WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.onnx",
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.index.json",
+)
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "source.spm",
+    "target.spm",
+    "tokenizer.model",
+    "generation_config.json",
+)
+_KEPT = (".json", ".txt", ".model", ".jinja")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model and what belongs to it. `folder` is None for the hub and for models made in
+    Python."""
+
+    model: PreTrainedModel
+    task: str
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    folder: Path | None = None
+    pooling: Pooling = field(default_factory=Pooling)
+    notes: tuple[str, ...] = ()
+    """What the user should know of the loaded weights: new heads, unused tensors."""
+    scratch: bool = False
+    """Whether the weights are random: then nothing is compared with them."""
+    retokenized: bool = False
+    """Whether `tokenizer` is another than the one in `folder`."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Source:
+        """Return the source of a model made in Python: without tokenizer, task by its class."""
+        return cls(model, task_of(type(model).__name__), type(model).__name__)
+
+    def need_tokenizer(self, why: str) -> PreTrainedTokenizerBase:
+        """Return the tokenizer.
+
+        Raises:
+            PlmccError: the model came without one.
+        """
+        if self.tokenizer is None:
+            message = f"{why} needs a tokenizer, but the model has none"
+            raise error(
+                "PLM303",
+                message,
+                self.name,
+                hint="put the tokenizer files into the model directory",
+            )
+        return self.tokenizer
+
+    def max_length(self, asked: int) -> int:
+        """Return the largest number of tokens that was asked for and that the model can read."""
+        positions = positions_of(self.model.config)
+        known = self.tokenizer.model_max_length if self.tokenizer else asked
+        return int(min(asked, known, positions or asked))
+
+    def original(self) -> PreTrainedModel:
+        """Return a copy of the model as it is now, frozen: the teacher and the measure of
+        fidelity."""
+        copied: PreTrainedModel = copy.deepcopy(self.model).eval().requires_grad_(False)
+        return copied
+
+    def other_files(self) -> list[Path]:
+        """Return the files beside weights and config that belong to the model
+        (sentence-transformers, tokenizer)."""
+        if self.folder is None:
+            return []
+        weights = {file for pattern in _WEIGHTS for file in self.folder.rglob(pattern)}
+        kept = (p for p in self.folder.rglob("*") if p.is_file() and p.suffix in _KEPT)
+        skipped: tuple[str, ...] = ("config.json", "plmcc.lock.json", "report.json")
+        if self.retokenized:  # whatever holds the old vocabulary
+            skipped += _VOCABULARIES
+        return sorted(
+            p
+            for p in kept
+            if p not in weights
+            and not (p.parent == self.folder and p.name in skipped)
+            and not any(part.startswith(".") for part in p.relative_to(self.folder).parts)
+        )
+
+
+def load_source(
+    name: str | Path,
+    task: str = "auto",
+    head: Values | None = None,
+    broken: Literal["refuse", "skip"] = "refuse",
+    *,
+    meta: bool = False,
+) -> Source:
+    """Load a model to compress.
+
+    Args:
+        name: a local directory or a hub id.
+        task: a task of the recipe, or "auto" to take it from the checkpoint.
+        head: values of the config (number or names of labels), if the checkpoint has no head of its
+            own for the task.
+        broken: what to do with broken lines of a file of word vectors.
+        meta: read no weights, only the config and the tokenizer: the model is on the meta device.
+            (Word vectors have no config: they are read, and then dropped.)
+
+    Raises:
+        PlmccError: the model cannot be found or read.
+    """
+    folder: Path | None = Path(name) if Path(name).is_dir() else None
+    if is_vectors(Path(name)):
+        source = _vectors(Path(name), broken)
+        return replace(source, model=source.model.to("meta")) if meta else source  # type: ignore[arg-type]
+    if folder is None:
+        _check_not_local(str(name))
+    config = _config(name)
+    folder = folder or _snapshot(str(name))
+    found = task_of(_architecture(config), folder)
+    chosen = found if task == "auto" else task
+    options = head if head and found != chosen else {}
+    kind = auto_class(chosen, config)
+    notes: tuple[str, ...] = ()
+    if meta:
+        model = outline(config, kind, options, str(name))
+    else:
+        model, notes = _model(name, kind, options)
+        placed: torch.nn.Module = model
+        placed.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = _tokenizer(name, folder)
+    _check_tokens(model, tokenizer, str(name))
+    return Source(model, chosen, str(name), tokenizer, folder, Pooling.of(folder), notes)
+
+
+def _check_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str
+) -> None:
+    """Refuse a tokenizer whose ids lie beyond the table; a table may have rows to spare.
+
+    Raises:
+        PlmccError: they do.
+    """
+    if tokenizer is None:
+        return
+    for path, module in model.named_modules():
+        if module is model.get_input_embeddings() and isinstance(module, torch.nn.Embedding):
+            word, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+            if last >= module.num_embeddings:
+                count = module.num_embeddings
+                message = f"the table {path} has {count:,} rows, too few for the tokenizer"
+                given = f"the token `{word}` has the number {last}"
+                hint = "save the model after model.resize_token_embeddings(len(tokenizer))"
+                raise error("PLM401", message, name, got=given, hint=hint)
+            return
+
+
+def is_vectors(file: Path) -> bool:
+    """Say whether a file is one of word vectors, by its name."""
+    return file.is_file() and kind_of(file) in (".txt", ".vec", ".bin", ".npy")
+
+
+def _vectors(file: Path, broken: Literal["refuse", "skip"]) -> Source:
+    from plmcc.vectors.load import load
+    from plmcc.vectors.model import model_of
+
+    vectors = load(file, broken=broken)
+    model, tokenizer = model_of(vectors)
+    return Source(model, "feature-extraction", str(file), tokenizer, notes=vectors.notes)
+
+
+def _check_not_local(name: str) -> None:
+    """Refuse at once what can only have been meant as a directory, before the hub is asked."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        hint = f"pass the directory, {path.parent}"
+        raise error("PLM401", "this is a file, but a model is a directory", name, hint=hint)
+    siblings = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+    near = nearest(path.name, siblings)
+    inside = path.parent != Path() and path.parent.is_dir()
+    if near or inside or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        hint = f"did you mean `{path.parent / near}`?" if near else ""
+        raise error("PLM401", "there is no such model directory", name, hint=hint)
+
+
+def _model(name: str | Path, kind: Any, options: Values) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Load the weights and say what does not fit: nothing may be random without a word.
+
+    Raises:
+        PlmccError: weights that cannot be read, have other shapes than the config says, or lack
+            tensors of the base model.
+    """
+    try:
+        model, info = kind.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except PlmccError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
+        raise error(
+            "PLM401", f"the model cannot be loaded: {first_line(problem)}", str(name)
+        ) from None
+    kind_name = type(model).__name__
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        message = f"the weights do not have the shape that config.json says: {key}"
+        given, allowed = str(tuple(stored)), str(tuple(wanted))
+        raise error("PLM401", message, str(name), got=given, allowed=allowed)
+    prefix = f"{model.base_model_prefix}."
+    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    body = [k for k in missing if model.base_model is model or k.startswith(prefix)]
+    body = [k for k in body if "pooler" not in k]  # checkpoints of many encoders have none
+    if body:
+        message = f"{len(body)} tensors of the model are not in its weights: {listing(body, 3)}"
+        raise error("PLM401", message, str(name), hint="compare config.json with the weights")
+    notes = []
+    if missing:
+        notes.append(f"{kind_name} starts with new, random tensors: {listing(missing, 4)}")
+    if unused:
+        notes.append(f"{kind_name} does not use, and drops: {listing(unused, 4)}")
+    return model, tuple(notes)
+
+
+def outline(config: PreTrainedConfig, kind: Any, options: Values, name: str) -> PreTrainedModel:
+    """Return a model without weights, on the meta device; that of an artifact is compressed.
+
+    Args:
+        config: what the model is built from.
+        kind: its class, or an Auto class.
+        options: values of the config that are others.
+        name: what errors call it.
+
+    Raises:
+        PlmccError: transformers cannot build it so.
+    """
+    config = copy.deepcopy(config)
+    for key, value in options.items():
+        setattr(config, key, value)
+    build = getattr(kind, "_from_config", None) or kind.from_config
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = build(config, dtype=config.dtype or torch.float32)
+    except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as problem:
+        message = f"the model cannot be built without its weights: {first_line(problem)}"
+        raise error("PLM401", message, name) from None
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        values = stored if isinstance(stored, dict) else stored.to_dict()
+        for record in artifact.PlmccQuantizationConfig(**values).records():
+            artifact.install(model, record, {})
+    model.train(False)
+    return model
+
+
+def _config(name: str | Path) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, HFValidationError, KeyError) as problem:
+        hint = "pass a directory with config.json and weights, or a hub id"
+        what = (
+            "this is no model" if Path(name).is_dir() else "no such directory, or model of the hub"
+        )
+        raise error("PLM401", f"{what}: {first_line(problem)}", str(name), hint=hint) from None
+    return config
+
+
+def _snapshot(name: str) -> Path | None:
+    """The small files of a hub model (tokenizer, sentence-transformers) in the local cache."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _KEPT]))
+    except (OSError, HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return (config.architectures or [""])[0]
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a directory or hub id; None if there is none.
+
+    Raises:
+        PlmccError: it cannot be read.
+    """
+    folder: Path | None = Path(name) if Path(name).is_dir() else None
+    if folder is None:
+        _check_not_local(str(name))
+    return _tokenizer(name, folder or _snapshot(str(name)))
+
+
+def _tokenizer(name: str | Path, folder: Path | None) -> PreTrainedTokenizerBase | None:
+    if folder is None or not any((*folder.glob("*token*"), *folder.glob("vocab*"))):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as problem:  # the tokenizers library raises bare exceptions
+        message = f"the tokenizer cannot be read: {first_line(problem)}"
+        raise error("PLM401", message, str(name), hint="repair it or remove its files") from None
+
+
+def folder_digests(folder: Path | None) -> dict[str, str]:
+    """Return the SHA-256 of each weight file and config of a model directory, or of a file."""
+    if folder is None:
+        return {}
+    if folder.is_file():
+        return {folder.name: digest(folder)}
+    files = sorted(
+        f
+        for f in folder.iterdir()
+        if f.suffix in (".safetensors", ".bin") or f.name == "config.json"
+    )
+    return {file.name: digest(file) for file in files}

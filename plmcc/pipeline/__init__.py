@@ -1,0 +1,1 @@
+"""`plmcc apply`: prepare, stages, the cache for `--resume`, output, reproduce."""

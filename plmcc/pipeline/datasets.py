@@ -1,0 +1,322 @@
+"""The data of a recipe, read and encoded for its stages and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from plmcc.data import question_answering, token_classification
+from plmcc.data.collate import collator
+from plmcc.data.encoding import encode
+from plmcc.data.rows import SYNTHETIC, Rows, load_rows, synthetic_rows
+from plmcc.data.tasks import classes_of
+from plmcc.data.token_classification import named_labels
+from plmcc.diagnostics import error
+from plmcc.evaluation.evaluator import check_metric
+from plmcc.ir.calibration import CalibrationData
+from plmcc.ir.probes import positions_of
+from plmcc.models.source import Source, load_source
+from plmcc.pipeline.calibration import calibration_data
+from plmcc.recipe.load import Calibrate, Data, Evaluate, Recipe, Stage, Synthetic, Train
+from plmcc.training.distillation import Distillation
+from plmcc.training.loop import TrainingData, check_training_data
+from plmcc.training.sequences import with_teacher_targets
+from plmcc.utils.types import Values
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What the stages of a recipe train and calibrate on, by the names of the stages."""
+
+    recipe: Recipe
+    source: Source
+    """The model, with notes on the data."""
+    training: dict[str, TrainingData] = field(default_factory=dict)
+    calibration: dict[str, CalibrationData] = field(default_factory=dict)
+    calibrated_on: TrainingData | None = None
+    """Where the recipe has `calibrate`: all its rows, encoded."""
+
+    def with_teachers(self, original: PreTrainedModel | None) -> StageData:
+        """Return the same with the teachers that the recipe names.
+
+        Raises:
+            PlmccError: a teacher cannot be loaded or does not fit.
+        """
+        settings = {stage.name: stage.train for stage in self.recipe.steps() if stage.train}
+        training = {
+            name: with_teacher(data, settings[name], original, self.source)
+            for name, data in self.training.items()
+        }
+        return replace(self, training=training)
+
+
+def load_data(recipe: Recipe, source: Source, base: Path | None) -> StageData:
+    """Read and encode the data of all stages; wrong data is an error here, before anything is
+    fitted.
+
+    Raises:
+        PlmccError: data cannot be read, or does not fit the task.
+    """
+    training: dict[str, TrainingData] = {}
+    notes = list(source.notes)
+    for stage in recipe.steps():
+        if stage.train:
+            training[stage.name], more = training_data_of(stage, recipe, source, base)
+            notes += more
+    source = replace(source, notes=tuple(notes))
+    if recipe.calibrate is not None:
+        return _calibrated(recipe, recipe.calibrate, source, training, base)
+    drawn = {
+        stage.name: calibration_data(
+            training[stage.name], source.tokenizer, synthetic=stage.train.data.train == SYNTHETIC
+        )
+        for stage in recipe.steps()
+        if stage.train
+    }
+    return StageData(recipe, source, training, drawn)
+
+
+def _calibrated(
+    recipe: Recipe,
+    asked: Calibrate,
+    source: Source,
+    training: dict[str, TrainingData],
+    base: Path | None,
+) -> StageData:
+    """Return the same with one set of calibration data for all stages."""
+    data, notes = _data(asked.as_data(), "calibrate", recipe, source, base)
+    synthetic = asked.data == SYNTHETIC
+    if synthetic and any(p.needs_data() for stage in recipe.steps() for p in stage.passes):
+        notes.append("what passes measure is measured on random token ids (`calibrate`)")
+    one = calibration_data(data, source.tokenizer, rows=asked.rows, synthetic=synthetic)
+    source = replace(source, notes=(*source.notes, *notes))
+    return StageData(recipe, source, training, {s.name: one for s in recipe.steps()}, data)
+
+
+def with_teacher(
+    training_data: TrainingData, settings: Train, original: PreTrainedModel | None, source: Source
+) -> TrainingData:
+    """Add the teacher that the settings name and check that training can begin.
+
+    Raises:
+        PlmccError: the teacher cannot be loaded or does not fit, or there is nothing to learn from.
+    """
+    check_training_data(settings, training_data)
+    distill = settings.distill
+    if distill is None:
+        return training_data
+    teacher = original if distill.teacher == "original" else _other_teacher(distill.teacher, source)
+    assert teacher is not None, "a recipe for a new model names another teacher"
+    Distillation(source.model, teacher, distill, training_data.pooling, training_data.task)
+    if distill.sequence is None:
+        return replace(training_data, teacher=teacher)
+    positions, sequence = positions_of(source.model.config, "decoder"), distill.sequence
+    if positions is not None and sequence.max_new_tokens > positions:
+        if "max_new_tokens" in sequence.model_fields_set:
+            message = "the teacher's translations may be longer than the model can generate"
+            location = "train.distill.sequence.max_new_tokens"
+            given, allowed = str(sequence.max_new_tokens), f"at most {positions}"
+            raise error("PLM303", message, location, got=given, allowed=allowed)
+        sequence = sequence.model_copy(update={"max_new_tokens": positions})
+    return replace(
+        training_data,
+        teacher=teacher,
+        train=with_teacher_targets(training_data.train, teacher, sequence),
+    )
+
+
+def _other_teacher(name: str, source: Source) -> PreTrainedModel:
+    teacher = load_source(name, source.task)
+    known = [s.tokenizer.get_vocab() for s in (source, teacher) if s.tokenizer is not None]
+    if len(known) == 2 and known[0] != known[1]:
+        message = "the teacher's tokenizer has other token ids: it would misread every text"
+        raise error("PLM303", message, "train.distill.teacher", got=name)
+    teacher.model.requires_grad_(False)
+    return teacher.model
+
+
+def training_data_of(
+    stage: Stage, recipe: Recipe, source: Source, base: Path | None
+) -> tuple[TrainingData, list[str]]:
+    """Read and encode the data of a stage; return it with notes for the user."""
+    assert stage.train is not None
+    return _data(stage.train.data, "train.data", recipe, source, base)
+
+
+def _data(
+    data: Data, key: str, recipe: Recipe, source: Source, base: Path | None
+) -> tuple[TrainingData, list[str]]:
+    _check_architecture(source, key.removesuffix(".data"))
+    collate = collator(source.task, source.tokenizer, source.model.config, recipe.seed)
+    options: Values = {"pooling": source.pooling, "seed": recipe.seed}
+    if data.train == SYNTHETIC:
+        vocabulary = int(source.model.config.get_text_config().vocab_size)
+        settings = data.synthetic or Synthetic()
+        drawn = synthetic_rows(settings, vocabulary, source.tokenizer, recipe.seed)
+        if key == "calibrate" and source.model.config.is_encoder_decoder:  # what the decoder reads
+            targets = synthetic_rows(settings, vocabulary, source.tokenizer, recipe.seed + 1)
+            drawn = drawn.add_column("labels", targets["input_ids"])
+        return TrainingData(source.task, drawn, collate, **options), []
+    encoded, notes = _encoded(data, data.train, data.target, source, base, key)
+    evaluated = None
+    if data.eval:
+        evaluated, more = _encoded(data, data.eval, data.eval_target, source, base, key)
+        notes += more
+    return TrainingData(source.task, encoded, collate, eval=evaluated, **options), notes
+
+
+def _encoded(
+    data: Data,
+    names: str | list[str],
+    target: str | list[str] | None,
+    source: Source,
+    base: Path | None,
+    key: str,
+) -> tuple[object, list[str]]:
+    tokenizer = source.need_tokenizer("reading text")
+    if target is not None and source.task != "translation":
+        hint = "set `task: translation`, or remove it"
+        raise error(
+            "PLM303",
+            f"{source.task} does not use translations",
+            f"{key}.target",
+            got=source.task,
+            hint=hint,
+        )
+    if data.stride is not None and source.task != question_answering.TASK:
+        raise error(
+            "PLM303",
+            f"`stride` has no effect on {source.task}",
+            f"{key}.stride",
+            got=str(data.stride),
+            hint="remove it",
+        )
+    rows = rows_of(source.task, data, names, base, target)
+    length, notes = source.max_length(data.max_length), []
+    if "max_length" in data.model_fields_set and length < data.max_length:
+        note = f"`max_length: {data.max_length}` is more than the model reads; texts are cut after"
+        notes.append(f"{note} {length} tokens")
+    if rows.skipped:
+        notes.append(f"{rows.skipped} rows of {rows.source} without text are left out")
+    classes = classes_of(source.model) if source.task == "text-classification" else 0
+    if source.task == "translation":
+        check_end(source)
+    labels = source.model.config.label2id
+    encoded = encode(rows, source.task, tokenizer, length, classes, labels, data.stride)
+    return encoded, notes
+
+
+def check_end(source: Source) -> None:
+    """Check that tokenizer and model agree on how a sentence ends.
+
+    Raises:
+        PlmccError: the tokenizer has no end, or another one than generation stops at.
+    """
+    tokenizer = source.need_tokenizer("translation")
+    settings: Any = source.model.generation_config
+    stops = (
+        settings.eos_token_id
+        if isinstance(settings.eos_token_id, list)
+        else [settings.eos_token_id]
+    )
+    if tokenizer.eos_token_id is None:
+        message = "the tokenizer has no token for the end of a sentence: no translation would end"
+        raise error("PLM303", message, source.name, hint="set `eos_token` in its files")
+    if tokenizer.eos_token_id not in stops:
+        message = "tokenizer and model end sentences with different tokens"
+        given = f"{tokenizer.eos_token_id} and {', '.join(map(str, stops))}"
+        raise error(
+            "PLM303",
+            message,
+            source.name,
+            got=given,
+            hint="make eos_token_id in generation_config.json the tokenizer's",
+        )
+
+
+def _check_architecture(source: Source, key: str) -> None:
+    """Encoder-decoders are trained on and judged by text in, text out."""
+    config = source.model.config
+    given = type(source.model).__name__
+    reads_text = source.model.main_input_name == "input_ids"
+    if config.is_encoder_decoder != (source.task == "translation"):
+        message = f"the task {source.task} does not fit this model"
+        other = "name an encoder-decoder, such as Marian, BART or T5"
+        hint = "set `task: auto`" if config.is_encoder_decoder else other
+        raise error("PLM303", message, key, got=given, hint=hint)
+    if config.is_encoder_decoder and not reads_text:
+        message = "models that do not read text can be rewritten, but not trained"
+        raise error("PLM303", message, key, got=given, hint=f"remove `{key}`")
+    if config.is_encoder_decoder and config.decoder_start_token_id is None:
+        hint = "set decoder_start_token_id in its config.json"
+        raise error(
+            "PLM303",
+            "the model has no start token for its decoder",
+            key,
+            got=given,
+            hint=hint,
+        )
+
+
+def rows_of(
+    task: str,
+    asked: Data | Evaluate,
+    names: str | list[str],
+    base: Path | None,
+    target: str | list[str] | None = None,
+) -> Rows:
+    """Read rows as a task needs them; `names` and `target` are the files."""
+    given = (names, asked.text, asked.label, asked.limit, base)
+    if task == question_answering.TASK:
+        return question_answering.load_questions(*given)
+    if task == token_classification.TASK:
+        return token_classification.load_sentences(*given)
+    return load_rows(*given, target)
+
+
+def infer_label_space(recipe: Recipe, base: Path | None) -> Values | None:
+    """The number or names of classes that labeled training data shows, for a head that has to be
+    made; values of the model's config."""
+    task: str = recipe.task
+    if task == question_answering.TASK:
+        return {"num_labels": 2}  # start and end
+    if task not in ("text-classification", token_classification.TASK):
+        return None
+    for stage in recipe.steps():
+        if stage.train and stage.train.data.train != SYNTHETIC:
+            rows = rows_of(task, stage.train.data, stage.train.data.train, base)
+            if rows.label is None:
+                return {"num_labels": 2}
+            if task == "text-classification":
+                return _numbered({str(value) for value in rows.labels()})
+            return _named({name for row in named_labels(rows) for name in row})
+    return None
+
+
+def _numbered(labels: set[str]) -> Values:
+    numbers = {int(label) for label in labels if label.lstrip("-").isdigit()}
+    return {"num_labels": max(numbers, default=1) + 1}
+
+
+def _named(labels: set[str]) -> Values:
+    if all(label.isdigit() for label in labels):
+        return _numbered(labels)
+    names = sorted(labels, key=lambda label: (label != "O", label))
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+
+
+def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[Rows]:
+    """Read the rows of every metric; wrong data is an error here, before anything is fitted."""
+    if recipe.evaluate:
+        _check_architecture(source, "evaluate")
+        source.need_tokenizer("evaluation")
+        if source.task == "translation":
+            check_end(source)
+    for index, asked in enumerate(recipe.evaluate):
+        check_metric(asked.metric, source.task, recipe.location(("evaluate", index, "metric")))
+    return [
+        rows_of(source.task, asked, asked.data, base, asked.target) for asked in recipe.evaluate
+    ]

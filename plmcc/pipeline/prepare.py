@@ -1,0 +1,132 @@
+"""What precedes the first stage: checks of a whole recipe, and passes that change the tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from plmcc.api import Pass
+from plmcc.catalog import registry as catalog
+from plmcc.diagnostics import PlmccError, error
+from plmcc.export.exporter import check_export
+from plmcc.models.source import Source
+from plmcc.recipe.load import Recipe
+from plmcc.recipe.needs import check_trained
+from plmcc.report.result import Log
+from plmcc.utils.types import Values
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The model after the passes that change its tokenizer, and what they did."""
+
+    source: Source
+    sites: list[Values] = field(default_factory=list)
+    """One record for each of these passes, as in the report."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def prepares(chosen: Pass) -> bool:
+    """Return whether a pass changes tokenizer and model before data is encoded."""
+    return type(chosen).prepare is not Pass.prepare
+
+
+def retokenizes(recipe: Recipe) -> bool:
+    """Return whether a pass of the recipe changes the tokenizer."""
+    return any(prepares(chosen) for stage in recipe.steps() for chosen in stage.passes)
+
+
+def prepare(recipe: Recipe, source: Source, base: Path | None, log: Log) -> Prepared:
+    """Let passes that change the tokenizer do so, before any data is encoded.
+
+    Raises:
+        PlmccError: a pass does not fit, is listed twice, or is not in the first stage.
+    """
+    sites: list[Values] = []
+    seconds: dict[str, float] = {}
+    for number, index, chosen in _preparing(recipe):
+        name, start = catalog.name_of(type(chosen)), time.perf_counter()
+        log(f"{name}: reading the text")
+        try:
+            done = chosen.prepare(source, base)
+        except PlmccError as problem:
+            # An error of the pass is located in the recipe; one of a file has its own location.
+            where = recipe.pass_location(number, index)
+            found = [d if d.location else replace(d, location=where) for d in problem.diagnostics]
+            raise PlmccError(*found) from None
+        assert done is not None, f"{name}.prepare returns what it did"
+        source = replace(source, tokenizer=done.tokenizer, retokenized=True)
+        seconds[f"{name}.prepare"] = round(time.perf_counter() - start, 3)
+        record = {"pass": name, "paths": ["tokenizer"], "statistics": done.statistics, "layout": {}}
+        sites.append(record)
+    return Prepared(source, sites, seconds)
+
+
+def _preparing(recipe: Recipe) -> list[tuple[int, int, Pass]]:
+    """Return the passes that prepare, with stage and index."""
+    stages = enumerate(recipe.steps())
+    found = [(n, i, p) for n, s in stages for i, p in enumerate(s.passes) if prepares(p)]
+    kinds: set[type[Pass]] = set()
+    for number, index, chosen in found:
+        location = recipe.pass_location(number, index)
+        if number > 0:
+            message = "this pass changes the tokenizer, but the data is encoded before this stage"
+            given = recipe.steps()[number].name
+            hint = "move it to the first stage"
+            raise error("PLM303", message, location, got=given, hint=hint)
+        if type(chosen) in kinds:
+            message = f"`{catalog.name_of(type(chosen))}` is listed twice"
+            raise error("PLM204", message, location, hint="merge the two entries")
+        kinds.add(type(chosen))
+    return found
+
+
+def widen(recipe: Recipe, source: Source) -> Source:
+    """Cast float16 weights that are trained to float32: gradients need its range."""
+    if source.model.dtype is not torch.float16 or not any(s.train for s in recipe.steps()):
+        return source
+    source.model.float()
+    note = "its float16 weights are trained, and saved, in float32"
+    return replace(source, notes=(*source.notes, note))
+
+
+def check_lower(recipe: Recipe, source: Source) -> None:
+    """Check that the result can be compiled, exported and quantized as asked.
+
+    Raises:
+        PlmccError: it cannot, or what that needs is not installed.
+    """
+    for index, to in enumerate(recipe.lower.to if recipe.lower is not None else ()):
+        if to == "compile":
+            continue
+        try:
+            check_export(source.model, to)
+        except PlmccError as problem:
+            location = recipe.location(("lower", "to", index))
+            raise PlmccError(
+                *(replace(d, location=location) for d in problem.diagnostics)
+            ) from None
+    if recipe.lower is not None and recipe.lower.quantize is not None:
+        *before, last = recipe.steps()
+        own = last.passes[0]
+        for chosen in (one for stage in before for one in stage.passes):
+            if type(chosen) is type(own) and chosen.targets == own.targets:
+                name = catalog.name_of(type(own))
+                message = (
+                    f"nothing is left for `lower.quantize`: `{name}` quantizes every linear layer"
+                )
+                location = recipe.location(("lower", "quantize"))
+                hint = "keep one of the two"
+                raise error("PLM303", message, location, got=recipe.lower.quantize, hint=hint)
+
+
+def _check_trained(recipe: Recipe, _: Source) -> None:
+    check_trained(recipe)
+
+
+CHECKS: tuple[Callable[[Recipe, Source], None], ...] = (check_lower, _check_trained)
+"""Checks of a whole recipe on a model: `apply` raises the first error, `plan` lists all."""

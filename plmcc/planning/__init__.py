@@ -1,0 +1,1 @@
+"""`plmcc plan`, `match` and `diff`: computed on the meta device."""

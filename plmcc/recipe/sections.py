@@ -1,0 +1,311 @@
+"""The parts of a recipe: what a stage learns from and how, what is evaluated, what is compiled."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from plmcc.pass_base import invalid as invalid
+from plmcc.recipe import training_arguments
+from plmcc.utils.types import Values
+
+if TYPE_CHECKING:
+    Arguments = Values
+else:
+    Arguments = training_arguments.typed()
+
+# fmt: off
+Task = Literal[
+    "auto", "sentence-similarity", "feature-extraction", "text-classification", "fill-mask",
+    "text-generation", "translation", "question-answering", "token-classification",
+]
+Metric = Literal[
+    "accuracy", "f1", "matthews", "spearman", "pearson", "perplexity", "fidelity", "kl_divergence",
+    "bleu", "chrf", "exact_match",
+]
+# fmt: on
+Weight = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Text = Annotated[str, Field(min_length=1)]
+
+# Arguments of the Trainer that decide on batches too.
+_BATCHING = (
+    "per_device_train_batch_size",
+    "auto_find_batch_size",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
+_HUB = re.compile(r"hub:[\w.-]+(/[\w.-]+){0,2}(@[\w.\[\]%:+-]+)?")
+
+
+def _source(text: str) -> str:
+    if text.startswith("hub:") and not _HUB.fullmatch(text):
+        hint = "write hub:name, hub:owner/name, hub:owner/name/config or hub:owner/name@split"
+        raise invalid("PLM107", f"`{text}` is not a valid hub dataset", hint=hint)
+    return text
+
+
+Source = Annotated[Text, AfterValidator(_source)]
+
+
+class Node(BaseModel):
+    """A section of a recipe: frozen, with exact types and without unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    @model_serializer(mode="wrap")
+    def _given(self, handler: SerializerFunctionWrapHandler) -> Values:
+        # None and an empty list mean "not given" everywhere in a recipe.
+        return {key: value for key, value in handler(self).items() if value not in (None, [])}
+
+
+class Synthetic(Node):
+    """Token sequences drawn from a Zipf distribution, where there is no text to train on."""
+
+    sequences: PositiveInt = 2000
+    """How many sequences."""
+    length: Annotated[int, Field(ge=4)] = 32
+    """Tokens in a sequence."""
+    exponent: Weight = 1.0
+    """Exponent of the Zipf distribution over token ranks; 0 is uniform."""
+
+
+class TrainTokenizer(Node):
+    """A tokenizer of byte-pair pieces, trained on text: pad 0, end 1, unknown 2."""
+
+    train: Source | Annotated[list[Source], Field(min_length=1)]
+    """A file, a glob, `hub:name[/config][@split]`, or a list of files."""
+    vocab_size: Annotated[int, Field(ge=16)] = 8000
+    """Size of the vocabulary, special tokens included; smaller if the text has fewer pieces."""
+    limit: PositiveInt | None = None
+    """Use at most this many rows of each file."""
+
+
+class Scratch(Node):
+    """A new model with random weights, drawn by the recipe's seed."""
+
+    config: Annotated[Values, Field(min_length=1)]
+    """`model_type`, and any values of that architecture's config in transformers. The size of the
+    vocabulary and the special tokens come from the tokenizer."""
+    tokenizer: Text | TrainTokenizer
+    """A model directory or hub id to load it from, or `{train: files, vocab_size: N}`."""
+
+
+class Data(Node):
+    """What a stage learns from."""
+
+    train: Source | Annotated[list[Source], Field(min_length=1)]
+    """A file, a glob, `hub:name[/config][@split]`, the word `synthetic`, or a list of files."""
+    target: Source | Annotated[list[Source], Field(min_length=1)] | None = None
+    """The translations of `train`, if they are in separate files, line by line."""
+    eval: Source | Annotated[list[Source], Field(min_length=1)] | None = None
+    """Data to evaluate on while training, in the same forms."""
+    eval_target: Source | Annotated[list[Source], Field(min_length=1)] | None = None
+    """The translations of `eval`, if they are in separate files."""
+    text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    """The column, or columns, that hold the text."""
+    label: Text | None = None
+    """The column that holds the label."""
+    max_length: Annotated[int, Field(ge=4)] = 128
+    """Tokens after which a text is cut, or a new window of it begins."""
+    stride: NonNegativeInt | None = None
+    """Question answering: tokens that two windows of a long context have in common; by default a
+    third of `max_length`."""
+    limit: PositiveInt | None = None
+    """Use at most this many rows."""
+    synthetic: Synthetic | None = None
+    """Settings of `train: synthetic`."""
+
+    @model_validator(mode="after")
+    def _eval_target_is_used(self) -> Data:
+        if self.eval_target and not self.eval:
+            message = "`eval_target` has no effect without `eval`"
+            raise invalid("PLM108", message, "eval_target", hint="add `eval:`")
+        return self
+
+    @model_validator(mode="after")
+    def _synthetic_is_used(self) -> Data:
+        if self.synthetic and self.train != "synthetic":
+            message = "`synthetic` has no effect unless `train` is `synthetic`"
+            raise invalid("PLM108", message, "synthetic", hint="write `train: synthetic`")
+        return self
+
+
+class Calibrate(Node):
+    """What passes measure the model on, where they do; without it, the data of the next stage that
+    trains."""
+
+    data: Source | Annotated[list[Source], Field(min_length=1)]
+    """A file, a glob, `hub:name[/config][@split]`, the word `synthetic` (random token ids), or a
+    list of files."""
+    target: Source | Annotated[list[Source], Field(min_length=1)] | None = None
+    """The translations of `data`, if they are in separate files, line by line."""
+    text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    """The column, or columns, that hold the text."""
+    label: Text | None = None
+    """The column that holds the label."""
+    max_length: Annotated[int, Field(ge=4)] = 128
+    """Tokens after which a text is cut."""
+    rows: PositiveInt = 480
+    """Number of rows that are drawn, by the recipe's seed."""
+    limit: PositiveInt | None = None
+    """Draw them from at most this many rows."""
+    synthetic: Synthetic | None = None
+    """Settings of `data: synthetic`."""
+
+    @model_validator(mode="after")
+    def _synthetic_is_used(self) -> Calibrate:
+        if self.synthetic and self.data != "synthetic":
+            message = "`synthetic` has no effect unless `data` is `synthetic`"
+            raise invalid("PLM108", message, "synthetic", hint="write `data: synthetic`")
+        return self
+
+    def as_data(self) -> Data:
+        """Return the same as data of a stage."""
+        names = ("target", "text", "label", "max_length", "limit", "synthetic")
+        given = {name: getattr(self, name) for name in names if name in self.model_fields_set}
+        return Data(train=self.data, **given)
+
+
+class Sequences(Node):
+    """Sequence-level distillation: the teacher's translations replace the targets."""
+
+    num_beams: PositiveInt = 4
+    """Width of the teacher's beam search."""
+    max_new_tokens: PositiveInt = 128
+    """Longest translation."""
+    cache: Text = "~/.cache/plmcc/sequences"
+    """Directory that keeps translations for later runs."""
+
+
+class Distill(Node):
+    """Learning from a teacher: each weight above zero adds a term to the loss."""
+
+    teacher: Text = "original"
+    """`original` (the uncompressed model), a model directory or a hub id."""
+    logits: Weight = 0.0
+    """Weight of the divergence between the output distributions."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Temperature of these distributions."""
+    hidden_states: Weight = 0.0
+    """Weight of the distance between hidden states; of a translation model, those of the decoder,
+    and those of the encoder where the teacher's depth is a multiple of the student's."""
+    pooled: Weight = 0.0
+    """Weight of the distance between pooled outputs."""
+    sequence: Sequences | None = None
+    """Translation: learn from the teacher's own translations of the training rows."""
+    task: Weight | None = None
+    """Weight of the task's own loss beside the teacher."""
+    layers: dict[NonNegativeInt, NonNegativeInt] | None = None
+    """For `hidden_states`: which teacher layer each student layer follows (of a translation
+    model, layers of the decoder)."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Distill:
+        if not (self.logits or self.hidden_states or self.pooled or self.sequence):
+            hint = "set one of logits, hidden_states, pooled above 0, or add `sequence`"
+            raise invalid("PLM108", "no distillation weight is above 0", hint=hint)
+        if self.task is not None and not (self.logits or self.hidden_states or self.pooled):
+            message = "`task` has no effect: there is no other loss to weigh it against"
+            raise invalid("PLM108", message, "task", hint="remove it, or set `logits` above 0")
+        if self.layers and not self.hidden_states:
+            message = "`layers` has no effect while `hidden_states` is 0"
+            raise invalid("PLM108", message, "layers", hint="set `hidden_states` above 0")
+        return self
+
+
+class Train(Node):
+    """How a stage is trained, by transformers.Trainer."""
+
+    data: Data
+    """The training data."""
+    distill: Distill | None = None
+    """Learn from a teacher as well."""
+    trainable: Literal["all", "all_but_embeddings", "passes"] = "all"
+    """Train the whole model, all but its embedding tables (and heads tied to them), or only what
+    the passes put in."""
+    dropout: bool = True
+    """Keep the model's dropout; matching a teacher's hidden states learns faster without."""
+    tokens_per_batch: Annotated[int, Field(ge=16)] | None = None
+    """Batches of rows of similar length with at most this many padded tokens, instead of a fixed
+    number of rows."""
+    average_last: Annotated[int, Field(ge=2, le=100)] | None = None
+    """Average the weights of this many last points: ends of epochs in a run of as many whole
+    epochs, otherwise points spaced evenly over the second half of the steps."""
+    arguments: Arguments = {}
+    """Arguments of transformers.TrainingArguments."""
+
+    @model_validator(mode="after")
+    def _one_way_to_batch(self) -> Train:
+        others = [name for name in _BATCHING if self.tokens_per_batch and name in self.arguments]
+        if others:
+            message = f"`tokens_per_batch` cannot be combined with `{others[0]}`"
+            raise invalid("PLM108", message, "tokens_per_batch", hint="keep one of them")
+        return self
+
+
+class Evaluate(Node):
+    """One metric of the report."""
+
+    metric: Metric
+    """What is computed; `fidelity` and `kl_divergence` compare with the original model. `f1` counts
+    words of answers (question answering, like `exact_match`), entities (token classification) or
+    classes. `bleu`, `chrf` and entities need the extra `eval`."""
+    data: Source
+    """A file, a glob or `hub:name[/config][@split]`."""
+    target: Source | None = None
+    """The translations of `data` where they are a file of their own, line by line."""
+    text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    """The column, or columns, that hold the text."""
+    label: Text | None = None
+    """The column that holds the label."""
+    limit: PositiveInt | None = None
+    """Use at most this many rows."""
+    num_beams: PositiveInt = 4
+    """For `bleu` and `chrf`: width of the beam search; 1 is greedy."""
+    max_new_tokens: PositiveInt = 128
+    """For `bleu` and `chrf`: longest translation."""
+
+    @model_validator(mode="after")
+    def _search_is_used(self) -> Evaluate:
+        for name in ("num_beams", "max_new_tokens") if self.metric not in ("bleu", "chrf") else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                message = f"`{name}` has no effect on {self.metric}"
+                raise invalid("PLM108", message, name, hint="remove it")
+        return self
+
+
+class Lower(Node):
+    """What the finished model is compiled to."""
+
+    to: list[Literal["compile", "aoti", "onnx", "executorch"]] = Field(default_factory=list)
+    """The targets. `compile`: latency is measured with torch.compile. Each of the others: the
+    result has a directory of that name, as `plmcc export` writes it."""
+    quantize: Literal["int8", "int4", "int8_dynamic"] | None = None
+    """Quantize the remaining linear layers, like the pass `quantized_linears` with this scheme."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Lower:
+        if not (self.to or self.quantize):
+            raise invalid(
+                "PLM108", "`lower` does nothing", hint="add `to: [compile]` or `quantize`"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The Trainer with objectives, distillation, batching, checkpoints and several processes."""

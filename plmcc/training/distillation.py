@@ -1,0 +1,176 @@
+"""Learning from a teacher: its logits at a temperature, its hidden states, its pooled output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from plmcc.data import token_classification
+from plmcc.data.pooling import Pooling, last_states
+from plmcc.data.tasks import LABELS
+from plmcc.diagnostics import error
+from plmcc.ir.modules import output_depth
+from plmcc.recipe.load import Distill
+from plmcc.utils.types import Values
+
+_SPANS = ("start_logits", "end_logits")
+"""What models of extractive question answering return: two distributions over the tokens."""
+
+
+class Distillation:
+    """The teacher's part of the loss.
+
+    Raises:
+        PlmccError: the teacher's layers, sizes or outputs do not fit the model's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        settings: Distill,
+        pooling: Pooling,
+        task: str,
+    ) -> None:
+        self.teacher, self.pooling, self.settings = teacher.eval(), pooling, settings
+        self.task = task
+        self._check_inputs(model)
+        states = bool(settings.hidden_states or settings.pooled)
+        self.needs: Values = {"output_hidden_states": True} if states else {}
+        self.task_weight = 1.0 if settings.task is None else settings.task
+        self.layers = self._layer_map(model) if settings.hidden_states else {}
+        self.encoder_layers = self._encoder_map(model) if settings.hidden_states else {}
+        if task == "translation" and settings.pooled:
+            raise error(
+                "PLM303",
+                "translation has no pooled output",
+                "train.distill.pooled",
+                hint="use `logits`, `hidden_states` or `sequence`",
+            )
+        if settings.sequence and task != "translation":
+            raise error(
+                "PLM303",
+                f"{task} has no sequences to learn from",
+                "train.distill.sequence",
+                hint="use `logits`",
+            )
+        if settings.logits and task in ("sentence-similarity", "feature-extraction"):
+            raise error(
+                "PLM303",
+                f"{task} has no logits",
+                "train.distill.logits",
+                hint="use `pooled` and `hidden_states`",
+            )
+
+    def _check_inputs(self, model: PreTrainedModel) -> None:
+        """The teacher is given the student's token ids."""
+        sizes = [part.config.get_text_config().vocab_size for part in (model, self.teacher)]
+        if sizes[0] != sizes[1]:
+            message = "the teacher has another vocabulary and would misread every token"
+            given = f"{sizes[0]} and {sizes[1]} tokens"
+            hint = "choose a teacher with the student's tokenizer, or `original`"
+            raise error("PLM303", message, "train.distill.teacher", got=given, hint=hint)
+        if self.settings.hidden_states or self.settings.pooled:
+            widths = [part.config.get_text_config().hidden_size for part in (model, self.teacher)]
+            if widths[0] != widths[1]:
+                message = "hidden states can only be compared when they have the same size"
+                given = f"{widths[0]} and {widths[1]}"
+                raise error("PLM303", message, "train.distill", got=given)
+
+    def _layer_map(self, model: PreTrainedModel) -> dict[int, int]:
+        """Student state -> teacher state; state 0 is the embedding output, as in
+        `output_hidden_states`."""
+        mine, theirs = output_depth(model), output_depth(self.teacher)
+        chosen = self.settings.layers
+        if chosen is None and theirs % mine:
+            hint = "write `layers: {student: teacher, ...}`"
+            message = f"{mine} student layers cannot be mapped evenly to {theirs} teacher layers"
+            raise error("PLM303", message, "train.distill.layers", hint=hint)
+        mapping = (
+            dict(chosen)
+            if chosen is not None
+            else {i: i * (theirs // mine) for i in range(mine + 1)}
+        )
+        for student, teacher in mapping.items():
+            if student > mine or teacher > theirs:
+                allowed = f"student 0 to {mine}, teacher 0 to {theirs}"
+                raise error(
+                    "PLM303",
+                    "`layers` names a layer that does not exist",
+                    "train.distill.layers",
+                    got=f"{student}: {teacher}",
+                    allowed=allowed,
+                )
+        return mapping
+
+    def _encoder_map(self, model: PreTrainedModel) -> dict[int, int]:
+        """As `_layer_map` for the encoder of an encoder-decoder; empty where depths do not fit."""
+        if not model.config.is_encoder_decoder:
+            return {}
+        configs = [part.config.get_text_config(encoder=True) for part in (model, self.teacher)]
+        mine, theirs = (int(config.num_hidden_layers) for config in configs)
+        return {} if theirs % mine else {i: i * (theirs // mine) for i in range(mine + 1)}
+
+    @torch.no_grad()
+    def teacher_forward(self, batch: dict[str, Tensor]) -> Any:
+        """Return the teacher's output for a batch, or None where only its translations count."""
+        self.teacher.to(batch["input_ids"].device)
+        inputs = {name: value for name, value in batch.items() if name not in LABELS}
+        if not (self.settings.logits or self.needs):
+            return None
+        return self.teacher(**inputs, **self.needs)
+
+    def loss(self, batch: dict[str, Tensor], output: Any, teacher: Any) -> Tensor:
+        """Return the weighted sum of the terms."""
+        mask_BL, states = batch["attention_mask"], "hidden_states"
+        if "decoder_input_ids" in batch:
+            # What a translation model predicts, and what its decoder computes, are the target's.
+            mask_BL, states = (batch["labels"] != -100).long(), "decoder_hidden_states"
+        total = torch.zeros((), device=mask_BL.device)
+        if self.settings.logits:
+            names = [name for name in _SPANS if name in output] or ["logits"]
+            judged_BL = mask_BL
+            if self.task == token_classification.TASK and "labels" in batch:
+                judged_BL = (batch["labels"] != token_classification.IGNORED).long()
+            terms = [self._logits(output[name], teacher[name], judged_BL) for name in names]
+            total = total + self.settings.logits * torch.stack(terms).mean()
+        if self.settings.hidden_states:
+            terms = [
+                relative_error(output[states][s], teacher[states][t], mask_BL)
+                for s, t in self.layers.items()
+            ]
+            source_BL, states = batch["attention_mask"], "encoder_hidden_states"
+            terms += [
+                relative_error(output[states][s], teacher[states][t], source_BL)
+                for s, t in self.encoder_layers.items()
+            ]
+            total = total + self.settings.hidden_states * torch.stack(terms).mean()
+        if self.settings.pooled:
+            student, goal = (self.pooling(last_states(o), mask_BL) for o in (output, teacher))
+            total = total + self.settings.pooled * (1 - (student * goal).sum(-1)).mean()
+        return total
+
+    def _logits(self, student: Tensor, teacher: Tensor, mask_BL: Tensor) -> Tensor:
+        """KL(teacher || student) at temperature T, times T² (Hinton, Vinyals and Dean, 2015)."""
+        if student.shape != teacher.shape:
+            given = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            raise error(
+                "PLM303", "student and teacher have different logits", "train.distill", got=given
+            )
+        warm = self.settings.temperature
+        log_s, log_t = (F.log_softmax(x.float() / warm, -1) for x in (student, teacher))
+        divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+        if divergence.dim() == 2:
+            return (divergence * mask_BL).sum() / mask_BL.sum().clamp(min=1) * warm**2
+        return divergence.mean() * warm**2
+
+
+def relative_error(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """||s - t||² / ||t||² over the real tokens: comparable between layers of different scale."""
+    mask_BL1 = mask_BL[..., None]
+    difference = ((student_BLD.float() - teacher_BLD.float()).square() * mask_BL1).sum()
+    return difference / (teacher_BLD.float().square() * mask_BL1).sum().clamp(min=1e-12)

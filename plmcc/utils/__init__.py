@@ -1,0 +1,1 @@
+"""Optional imports, progress, terminal, files. Knows nothing of models."""

@@ -1,0 +1,1 @@
+"""Recipes for one embedding table, by technique."""

@@ -1,0 +1,37 @@
+"""Which tests `make check`, `make test` and `make test-all` run.
+
+`tests/durations.json` holds the seconds of slow test functions, measured by `make durations`. A
+function above `_SLOW` seconds is marked `slow` (not in `make check`). Cases of the contract beyond
+`_CORE` are marked `exhaustive` (only in `make test-all`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+_DURATIONS = Path(__file__).with_name("durations.json")
+_SLOW = 1.5
+_CORE = ("bert", "gpt2", "llama", "t5", "marian")
+"""Architectures of the slow checks of the contract in `make test`: an encoder, a decoder with
+`Conv1D`, one with shared key-value heads, two encoder-decoders with other norms and positions."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by how long they take."""
+    known = json.loads(_DURATIONS.read_text(encoding="utf-8")) if _DURATIONS.exists() else {}
+    for item in items:
+        name = item.nodeid.partition("[")[0].removeprefix("tests/")
+        seconds = known.get(name, 0.0)
+        if seconds >= _SLOW:
+            item.add_marker(pytest.mark.slow)
+        if name.startswith("test_contract.py") and name in known and not _is_core(item):
+            item.add_marker(pytest.mark.exhaustive)
+
+
+def _is_core(item: pytest.Item) -> bool:
+    """Return whether a case of the contract is of a core architecture in float32."""
+    parts = item.nodeid.partition("[")[2].rstrip("]").split("-")
+    return "bfloat16" not in parts and any(part in _CORE for part in parts)

