@@ -51,7 +51,7 @@ class BinaryEmbedding(Pass):
     preserves: ClassVar[Literal["lossy"]] = "lossy"
     paper: ClassVar[str] = "Tissier, Gravier and Habrard, AAAI 2019, arXiv:1803.09065"
     hazards: ClassVar[tuple[str, ...]] = (
-        "Without training afterwards the model loses quality; distil it in a `train` section.",
+        "Without training afterwards the model loses quality; distill it in a `train` section.",
         "Similarity of codes is kept better than the vectors themselves.",
         "A tied head decodes the whole vocabulary for each call, unless `activation` is none.",
     )

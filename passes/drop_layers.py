@@ -34,7 +34,7 @@ class DropLayers(Pass):
     preserves: ClassVar[Literal["exact", "within", "lossy"]] = "lossy"
     paper: ClassVar[str] = "Kasai et al., ICLR 2021, arXiv:2006.10369; Men et al., arXiv:2403.03853"
     hazards: ClassVar[tuple[str, ...]] = (
-        "The model is broken until it is trained again: distil it in a `train` section.",
+        "The model is broken until it is trained again: distill it in a `train` section.",
         "Passes for the kept layers belong in a later stage: the layers are numbered anew.",
     )
 

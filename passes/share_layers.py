@@ -26,7 +26,7 @@ class ShareLayers(Pass):
     preserves: ClassVar[Literal["exact", "within", "lossy"]] = "lossy"
     paper: ClassVar[str] = "Lan et al., ICLR 2020, arXiv:1909.11942"
     hazards: ClassVar[tuple[str, ...]] = (
-        "The model is broken until it is trained again: distil it in a `train` section.",
+        "The model is broken until it is trained again: distill it in a `train` section.",
         "The model becomes smaller, not faster: it still runs every layer.",
     )
 

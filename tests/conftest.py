@@ -8,9 +8,13 @@ function above `_SLOW` seconds is marked `slow` (not in `make check`). Cases of 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from plmcc.artifact import verify
+from support.processes import run_module
 
 _DURATIONS = Path(__file__).with_name("durations.json")
 _SLOW = 1.5
@@ -29,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if name.startswith("test_contract.py") and name in known and not _is_core(item):
             item.add_marker(pytest.mark.exhaustive)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_are_forked() -> Iterator[None]:
+    """Let a server that has imported torch start the processes which prove artifacts."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verify, "new_process", run_module)
+        yield
 
 
 def _is_core(item: pytest.Item) -> bool:

@@ -49,7 +49,7 @@ class CompositionalCodes(Pass):
     preserves: ClassVar[Literal["lossy"]] = "lossy"
     paper: ClassVar[str] = "Shu and Nakayama, ICLR 2018, arXiv:1711.01068"
     hazards: ClassVar[tuple[str, ...]] = (
-        "Without training afterwards the model loses quality; distil it in a `train` section.",
+        "Without training afterwards the model loses quality; distill it in a `train` section.",
         "The table gets smaller, not the computation: expect the same latency.",
     )
 

@@ -78,7 +78,7 @@ def _too_few(settings: PruningSettings, group: Scored) -> str:
 
 _LEARNED = "at most: what goes is decided by training"
 _EMPTIED = "at most: whatever zeros empty as a whole is removed too"
-_SHARED = "about: heads and neurons of all layers share the density"
+_SHARED = "about: all layers share the density"
 
 
 def plan_layer(site: PrunableSite, storage: str, compact: bool) -> tuple[Values, str, int]:
@@ -139,6 +139,6 @@ def _block(parts: Parts, group: Scored) -> Attention | None:
 def _about(state: PruningState, groups: list[Scored], known: bool, compact: bool) -> str:
     if not known:
         return _LEARNED if state.settings.method != "refill" else ""
-    if compact and not all(group.removable for group in groups):
-        return _EMPTIED
-    return _SHARED if state.settings.together else ""
+    if state.settings.together:
+        return _SHARED  # before the next reason: a layer may keep more than its part
+    return _EMPTIED if compact and not all(group.removable for group in groups) else ""

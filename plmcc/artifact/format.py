@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -159,6 +159,13 @@ class PlmccQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         files = kwargs.get("checkpoint_files") or []
         _check_seal(files)
+        for part in model.modules():
+            # A concrete class has read its own config, not through AutoConfig; transformers looks
+            # up by the type how tensors of the file become those of the model.
+            if isinstance(part, PreTrainedModel):
+                part.config.__dict__.pop("model_type", None)
+                part.config.__dict__.pop("base_model_type", None)
+                mark(part.config)
         saved = _tensors(files)
         records = self.quantization_config.records()
         for record in records:
@@ -175,10 +182,6 @@ class PlmccQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: object
     ) -> PreTrainedModel:
-        # A concrete class has read its own config, not through AutoConfig.
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):
-                mark(part.config)
         # What quantized models refuse (`float`, `half`), these can do.
         model.is_quantized = False  # type: ignore[assignment]
         return model
@@ -187,6 +190,9 @@ class PlmccQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return all tensors, with an empty one for each that a pass removed."""
+        # The file has the names of the model in memory. Where transformers has others in files
+        # (fused experts, renamed norms), it would convert what a pass has removed or changed.
+        model._weight_conversions = []  # type: ignore[assignment]
         state = model.state_dict()
         for record in self.quantization_config.records():
             path = _locate(model, record.paths[0])
@@ -260,13 +266,19 @@ def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, 
             others.setdefault(path, "head" if path == _head_path(model) else "embedding")
     splice(Program(model), [primary, *others], [record.roles[0], *others.values()], hard)
     for module in model.get_submodule(primary).modules():
-        # transformers' initializers expect the modules of the original architecture.
-        module._is_hf_initialized = True  # type: ignore[assignment]
+        # transformers' initializers expect the modules of the original architecture. Those with
+        # buffers that no file holds (causal masks) have to be initialized nevertheless.
+        if not (module._non_persistent_buffers_set and _of_transformers(module)):
+            module._is_hf_initialized = True  # type: ignore[assignment]
     last = re.escape(record.paths[0].rpartition(".")[2])
     ignored = {rf"(^|\.){last}\.{re.escape(name)}$" for name in record.removed}
     model._keys_to_ignore_on_load_unexpected = (
         set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
     )
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "transformers"
 
 
 def _warn_of_other_code(records: list[Record]) -> None:

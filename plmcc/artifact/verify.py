@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from plmcc.artifact import lock as seal
+from plmcc.artifact import text_probes
 from plmcc.catalog import registry as catalog
 from plmcc.data.tasks import auto_class, task_of
 from plmcc.diagnostics import PlmccError, error, listing
@@ -141,6 +142,7 @@ def _compared(folder: Path) -> tuple[float, int, bool]:
             how = "with" if cache else "without"
             message = f"the reloaded model generates other tokens {how} cache than it did in memory"
             raise error("PLM402", message, str(folder))
+    text_probes.check(folder, max(bound, 1e-3))
     return difference, len(model.state_dict()), "output.tokens" in stored
 
 
@@ -238,14 +240,21 @@ def fresh(module: str, folder: Path, failed: str) -> float:
     Raises:
         PlmccError: it has `failed` there, with its reason.
     """
-    command = [sys.executable, "-m", module, str(folder)]
     # It is one process, also where this one has been launched with others.
     alone = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+    done = new_process(module, [folder], env=alone)
     if done.returncode != 0:
         reason = (done.stderr.strip() or "no output").splitlines()[-1]
         raise error("PLM402", f"a fresh process {failed}: {reason}", str(folder))
     return float(done.stdout.split()[-1])
+
+
+def new_process(
+    module: str, arguments: Sequence[object], *, env: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGUMENTS...` with these variables."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def answer(compute: Callable[[Path], float]) -> None:

@@ -45,27 +45,32 @@ def details(name: str) -> Values:
         "tolerance": kind.tolerance,
         "hazards": list(kind.hazards),
         "options": [
-            _option(option, settings, option in schema.get("required", []))
+            _option(option, settings, option in schema.get("required", []), schema.get("$defs", {}))
             for option, settings in schema["properties"].items()
         ],
     }
 
 
-def _option(name: str, schema: Values, required: bool) -> Values:
-    found = {"name": name, "type": _type(schema), "required": required}
+def _option(name: str, schema: Values, required: bool, definitions: Values) -> Values:
+    found = {"name": name, "type": _type(schema, definitions), "required": required}
     found |= {} if required else {"default": schema.get("default")}
     return found | {"range": _range(schema), "description": _flowing(schema.get("description", ""))}
 
 
-def _type(schema: Values) -> str:
+def _type(schema: Values, definitions: Values) -> str:
     if "anyOf" in schema:
-        return " | ".join(_type(part) for part in schema["anyOf"])
+        return " | ".join(_type(part, definitions) for part in schema["anyOf"])
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))
     if schema.get("type") == "array":
-        return f"list of {_type(schema.get('items', {}))}"
-    reference = str(schema.get("$ref", "any")).rpartition("/")[2]
-    return str(schema.get("const", schema.get("type", reference)))
+        return f"list of {_type(schema.get('items', {}), definitions)}"
+    if "$ref" in schema:
+        return _type(definitions[str(schema["$ref"]).rpartition("/")[2]], definitions)
+    if "properties" in schema:
+        keys = {key: _type(part, definitions) for key, part in schema["properties"].items()}
+        given = (f"{key}: {kind.removesuffix(' | null')}" for key, kind in keys.items())
+        return f"{{{', '.join(given)}}}"
+    return str(schema.get("const", schema.get("type", "any")))
 
 
 def _range(schema: Values) -> str:

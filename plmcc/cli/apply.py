@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from plmcc.recipe.load import Recipe
 
 _Directory = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Directory for the result.")
+    Path | None,
+    typer.Option("--output", "-o", metavar="DIR", help="Directory for the result; required."),
 ]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier result in that directory.")
@@ -36,6 +37,12 @@ _DumpAfter = Annotated[
 ]
 
 
+_KeepCode = Annotated[
+    bool,
+    typer.Option("--keep-code", help="Copy the Python files beside the model; they are not run."),
+]
+
+
 def apply(
     recipe: RecipePath,
     model: Weights = None,
@@ -45,6 +52,7 @@ def apply(
     overrides: Overrides = None,
     skip_broken: _SkipBroken = False,
     dump_after: _DumpAfter = None,
+    keep_code: _KeepCode = False,
 ) -> None:
     """Apply a recipe to a model: rewrite, train, save, and verify in a fresh process."""
     checked = check_recipe(recipe, overrides)
@@ -64,7 +72,7 @@ def apply(
     for line in _plan_lines(loaded, model, recipe.parent):
         log(line)
     chosen: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "base": recipe.parent}
-    chosen["dump_after"] = dump_after or ()
+    chosen |= {"dump_after": dump_after or (), "keep_code": keep_code}
     try:
         result = apply_recipe(loaded, given, output, **chosen, log=log)
     except KeyboardInterrupt:

@@ -60,13 +60,15 @@ class Rows:
     source: str
     skipped: int = 0
     """Rows left out because a text is missing."""
+    prefix: str = ""
+    """What is put before each text: the prompt of the model."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     def texts(self, column: int = 0) -> list[str]:
         """Return the texts of one of the text columns."""
-        return list(self.table[self.text[column]])
+        return [f"{self.prefix}{text}" for text in self.table[self.text[column]]]
 
     def numbers(self) -> list[float]:
         """Return the labels as numbers.

@@ -42,6 +42,10 @@ _CLASSES = dict.fromkeys(
 ) | dict.fromkeys(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(), token_classification.TASK)
 
 
+EMBEDDING = ("sentence-similarity", "feature-extraction")
+"""Tasks whose outputs are vectors of texts."""
+
+
 WINDOWED = (question_answering.TASK, token_classification.TASK)
 """Tasks whose labels are places in a text, and whose texts are read in windows."""
 
@@ -66,8 +70,10 @@ def task_of(architecture: str, folder: Path | None = None) -> str:
 def auto_class(task: str, config: PreTrainedConfig) -> Any:
     """Return the class to load with: the task's Auto class, or for plain features the checkpoint's
     own class."""
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    if task in ("feature-extraction", "translation") and architecture is not None:
+    name = (config.architectures or [""])[0]
+    architecture = getattr(transformers, name, None)
+    own = task in ("feature-extraction", "translation") or name.endswith("EncoderModel")
+    if own and architecture is not None:
         return architecture
     return getattr(transformers, _AUTO[task])
 

@@ -138,13 +138,23 @@ class Evaluator:
         compute = sacrebleu.corpus_bleu if metric == "bleu" else sacrebleu.corpus_chrf
         return float(compute(self.translate(rows.texts(0)), [rows.texts(1)]).score)
 
+    @torch.no_grad()
     def embed(self, texts: list[str], model: PreTrainedModel | None = None) -> Tensor:
-        """Return pooled outputs (N, D), float32, of length 1."""
+        """Return one vector a text (N, D), float32, as the model's own pooling makes it."""
         parts: list[tuple[list[int], Tensor]] = []
         for order, batch in self._batches(texts):
             output = (model or self.model)(**batch, output_hidden_states=True)
             parts.append((order, self.pooling(last_states(output), batch["attention_mask"]).cpu()))
         return _restored(parts, len(texts))
+
+    @torch.no_grad()
+    def judge(self, texts: list[str]) -> Tensor:
+        """Return the logits of pairs of neighbors (N-1, classes), or (N-1) of one class."""
+        pairs = [texts[:-1], texts[1:]]
+        parts = [
+            (order, self._logits(batch).float().cpu()) for order, batch in self._batches(*pairs)
+        ]
+        return _restored(parts, len(texts) - 1).squeeze(-1)
 
     def _batches(self, *texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of texts of similar length, with the positions they come from."""
@@ -201,7 +211,7 @@ class Evaluator:
             )
         first, second = (self.embed(rows.texts(column)) for column in (0, 1))
         labels = rows.numbers()
-        return float(measure((first * second).sum(-1).numpy(), labels)[0])
+        return float(measure(self.pooling.similarity(first, second).numpy(), labels)[0])
 
     def _classification(
         self, measure: Callable[[list[int], list[int]], float], rows: Rows

@@ -28,7 +28,7 @@ from plmcc.experiments.goal import lower_is_better
 from plmcc.ir.program import Program
 from plmcc.kit.tables import common_layout, table_of
 from plmcc.models.source import Source, is_vectors, load_source
-from plmcc.pipeline.datasets import infer_label_space, rows_of, training_data_of, with_teacher
+from plmcc.pipeline.datasets import infer_label_space, source_rows, training_data_of, with_teacher
 from plmcc.pipeline.run import run
 from plmcc.recipe.load import Evaluate, Recipe
 from plmcc.rewrite import splice
@@ -103,7 +103,7 @@ class Comparison:
         length, tokenizer = source.max_length(_LENGTH), source.need_tokenizer("a comparison")
         evaluator = Evaluator(source.model, tokenizer, source.pooling, None, length)
         plain = Evaluate.model_validate({"metric": self.metric, "data": "-"})
-        rows = [rows_of(source.task, plain, data, self.base) for data in self.data]
+        rows = [source_rows(source, plain, data, self.base) for data in self.data]
         for table in rows:
             if self.metric in ("spearman", "pearson") and len(table.text) != 2:
                 message = f"{self.metric} needs rows of two texts and a number"
@@ -300,7 +300,7 @@ def _texts(asked: Comparison, recipe: Recipe, source: Source) -> Iterator[str]:
         data = stage.train.data if stage.train else None
         if data is None or data.train == SYNTHETIC:
             continue
-        rows = rows_of(source.task, data, data.train, asked.base, data.target)
+        rows = source_rows(source, data, data.train, asked.base, data.target)
         for column in range(len(rows.text)):
             yield from (" ".join(text.split()) for text in rows.texts(column))
 

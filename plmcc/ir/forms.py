@@ -122,8 +122,8 @@ class Planned:
     module: Hard | Soft
     """The form that is put in place, on the meta device; it need not compute anything right."""
     about: str = ""
-    """Why its sizes are not exact, e.g. "at most: the task decides on the lengths"; empty where
-    they are."""
+    """Why its sizes are not exact; empty where they are. "at most: the task decides on the lengths"
+    is a bound, which `apply` checks; any other text is a guess."""
     trained: int = 0
     """Parameters that are trained beside the parameters of `module`."""
     frozen: int = 0

@@ -22,43 +22,20 @@ from transformers import (
 
 from plmcc.artifact import format as artifact
 from plmcc.artifact.lock import digest
-from plmcc.data.pooling import Pooling
-from plmcc.data.tasks import auto_class, task_of
+from plmcc.data.pooling import MODULES, Pooling
+from plmcc.data.tasks import EMBEDDING, auto_class, task_of
 from plmcc.diagnostics import PlmccError, error, listing, nearest
 from plmcc.ir.probes import positions_of
+from plmcc.models.other_files import (
+    WEIGHTS,
+    OtherFiles,
+    check_no_adapter,
+    notes_of,
+    other_files,
+)
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 from plmcc.vectors.files import kind_of
-
-_WEIGHTS = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.onnx",
-    "*.h5",
-    "*.msgpack",
-    "*.ot",
-    "*.index.json",
-)
-
-_VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "spm.model",
-    "source.spm",
-    "target.spm",
-    "tokenizer.model",
-    "generation_config.json",
-)
-_KEPT = (".json", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -78,6 +55,8 @@ class Source:
     """Whether the weights are random: then nothing is compared with them."""
     retokenized: bool = False
     """Whether `tokenizer` is another than the one in `folder`."""
+    keep_code: bool = False
+    """Whether Python files of `folder` come along; they are never run."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Source:
@@ -104,7 +83,7 @@ class Source:
         """Return the largest number of tokens that was asked for and that the model can read."""
         positions = positions_of(self.model.config)
         known = self.tokenizer.model_max_length if self.tokenizer else asked
-        return int(min(asked, known, positions or asked))
+        return int(min(asked, known, positions or asked, self.pooling.max_length or asked))
 
     def original(self) -> PreTrainedModel:
         """Return a copy of the model as it is now, frozen: the teacher and the measure of
@@ -112,22 +91,12 @@ class Source:
         copied: PreTrainedModel = copy.deepcopy(self.model).eval().requires_grad_(False)
         return copied
 
-    def other_files(self) -> list[Path]:
-        """Return the files beside weights and config that belong to the model
-        (sentence-transformers, tokenizer)."""
+    def other_files(self) -> OtherFiles:
+        """Return the files beside weights and config that belong to the model."""
         if self.folder is None:
-            return []
-        weights = {file for pattern in _WEIGHTS for file in self.folder.rglob(pattern)}
-        kept = (p for p in self.folder.rglob("*") if p.is_file() and p.suffix in _KEPT)
-        skipped: tuple[str, ...] = ("config.json", "plmcc.lock.json", "report.json")
-        if self.retokenized:  # whatever holds the old vocabulary
-            skipped += _VOCABULARIES
-        return sorted(
-            p
-            for p in kept
-            if p not in weights
-            and not (p.parent == self.folder and p.name in skipped)
-            and not any(part.startswith(".") for part in p.relative_to(self.folder).parts)
+            return OtherFiles((), ())
+        return other_files(
+            self.folder, self.tokenizer if self.retokenized else None, code=self.keep_code
         )
 
 
@@ -154,6 +123,8 @@ def load_source(
         PlmccError: the model cannot be found or read.
     """
     folder: Path | None = Path(name) if Path(name).is_dir() else None
+    if folder is not None:
+        check_no_adapter(folder)
     if is_vectors(Path(name)):
         source = _vectors(Path(name), broken)
         return replace(source, model=source.model.to("meta")) if meta else source  # type: ignore[arg-type]
@@ -174,7 +145,20 @@ def load_source(
         placed.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer(name, folder)
     _check_tokens(model, tokenizer, str(name))
-    return Source(model, chosen, str(name), tokenizer, folder, Pooling.of(folder), notes)
+    pooling = _pooling(folder, tokenizer) if chosen in EMBEDDING else Pooling()
+    notes += (f"embeddings: {pooling.told}",) if pooling.told else ()
+    source = Source(model, chosen, str(name), tokenizer, folder, pooling, notes)
+    return replace(source, notes=(*source.notes, *notes_of(source.other_files())))
+
+
+def _pooling(folder: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> Pooling:
+    """How a model makes vectors of sentences; later modules are told how long the prompt is."""
+    pooling = Pooling.of(folder)
+    if not (pooling.prompt and tokenizer is not None):
+        return pooling
+    ids = tokenizer(pooling.prompt)["input_ids"]
+    ended = bool(ids) and ids[-1] in (tokenizer.sep_token_id, tokenizer.eos_token_id)
+    return replace(pooling, prompt_tokens=len(ids) - ended)
 
 
 def _check_tokens(
@@ -297,9 +281,13 @@ def outline(config: PreTrainedConfig, kind: Any, options: Values, name: str) -> 
 
 def _config(name: str | Path) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, HFValidationError, KeyError) as problem:
         hint = "pass a directory with config.json and weights, or a hub id"
+        if "trust_remote_code" in str(problem):
+            message = "this model needs code of its own, which plmcc does not run"
+            hint = "choose a model whose architecture is part of transformers"
+            raise error("PLM401", message, str(name), hint=hint) from None
         what = (
             "this is no model" if Path(name).is_dir() else "no such directory, or model of the hub"
         )
@@ -310,7 +298,12 @@ def _config(name: str | Path) -> PreTrainedConfig:
 def _snapshot(name: str) -> Path | None:
     """The small files of a hub model (tokenizer, sentence-transformers) in the local cache."""
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _KEPT]))
+        weights = [f"*{suffix}" for suffix in WEIGHTS]
+        found = Path(snapshot_download(name, ignore_patterns=weights))
+        if (found / MODULES).is_file():  # its modules have weights of their own
+            inner = [f"[0-9]*/*{suffix}" for suffix in (".safetensors", ".bin")]
+            snapshot_download(name, allow_patterns=inner)
+        return found
     except (OSError, HFValidationError, LocalEntryNotFoundError):
         return None
 

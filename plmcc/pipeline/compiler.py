@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
@@ -60,6 +60,7 @@ def apply(
     resume: bool = False,
     base: Path | None = None,
     dump_after: Sequence[str] = (),
+    keep_code: bool = False,
     log: Log = lambda _: None,
 ) -> Result:
     """Apply a recipe to a model and write the artifact.
@@ -74,6 +75,8 @@ def apply(
             decides on it has changed.
         base: the folder that relative data paths may start at besides the current one.
         dump_after: names of passes after which the model is written as text, into `OUTPUT.dumps`.
+        keep_code: copy the Python files of the model's directory into the artifact. They are not
+            run.
         log: called with every line for the user.
 
     Raises:
@@ -86,7 +89,7 @@ def apply(
     if target is not None and isinstance(name, (str, Path)):
         check_outside(target, Path(name))
     dump = _dump(recipe, dump_after, target)
-    source = source_of(recipe, name, base)
+    source = replace(source_of(recipe, name, base), keep_code=keep_code)
     if target is None:
         return run(recipe, source, log, base, dump=dump)
     folder = cache.folder_of(target)

@@ -194,7 +194,7 @@ def _encoded(
             got=str(data.stride),
             hint="remove it",
         )
-    rows = rows_of(source.task, data, names, base, target)
+    rows = source_rows(source, data, names, base, target)
     length, notes = source.max_length(data.max_length), []
     if "max_length" in data.model_fields_set and length < data.max_length:
         note = f"`max_length: {data.max_length}` is more than the model reads; texts are cut after"
@@ -277,6 +277,18 @@ def rows_of(
     return load_rows(*given, target)
 
 
+def source_rows(
+    source: Source,
+    asked: Data | Evaluate,
+    names: str | list[str],
+    base: Path | None,
+    target: str | list[str] | None = None,
+) -> Rows:
+    """Read rows as the task of a model needs them, each text after the model's prompt."""
+    rows = rows_of(source.task, asked, names, base, target)
+    return replace(rows, prefix=source.pooling.prompt)
+
+
 def infer_label_space(recipe: Recipe, base: Path | None) -> Values | None:
     """The number or names of classes that labeled training data shows, for a head that has to be
     made; values of the model's config."""
@@ -317,6 +329,4 @@ def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[R
             check_end(source)
     for index, asked in enumerate(recipe.evaluate):
         check_metric(asked.metric, source.task, recipe.location(("evaluate", index, "metric")))
-    return [
-        rows_of(source.task, asked, asked.data, base, asked.target) for asked in recipe.evaluate
-    ]
+    return [source_rows(source, asked, asked.data, base, asked.target) for asked in recipe.evaluate]

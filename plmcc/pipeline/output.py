@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
+from plmcc.artifact import text_probes
 from plmcc.artifact.size import check_file
 from plmcc.artifact.tensors import writing
 from plmcc.artifact.verify import record, reloaded_difference
+from plmcc.data.pooling import MODULES
+from plmcc.data.tasks import EMBEDDING
 from plmcc.diagnostics import error
+from plmcc.evaluation.evaluator import Evaluator
 from plmcc.export.exporter import export_model
 from plmcc.export.targets import TARGETS
-from plmcc.models.source import load_source
+from plmcc.models.other_files import copy_other_files
+from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import Recipe
 from plmcc.report.documents import write_documents
 from plmcc.utils.files import replace_directory
@@ -23,6 +28,7 @@ from plmcc.utils.files import replace_directory
 if TYPE_CHECKING:
     from plmcc.report.result import Result
 
+_LONG = 1 << 20
 _BEAMS = 4  # the most that an export can be asked for, where no figure says how many
 
 
@@ -84,15 +90,13 @@ def _export(recipe: Recipe, draft: Path) -> None:
 def save(result: Result, folder: Path) -> None:
     """Write model, tokenizer, the model's other files and the probes into a folder."""
     source = result.source
+    if not source.keep_code:
+        _forget_code(result.model)
     result.model.save_pretrained(folder)
     if source.retokenized and source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
-    for file in source.other_files():
-        assert source.folder is not None
-        copy = folder / file.relative_to(source.folder)
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+    if source.folder is not None:
+        copy_other_files(source.other_files(), source.folder, folder)
     model: torch.nn.Module = result.model
     if source.tokenizer is not None and not any(folder.glob("*tokeniz*")):
         # The files are better where there are any: a tokenizer in use has its settings changed.
@@ -100,6 +104,27 @@ def save(result: Result, folder: Path) -> None:
     device = result.model.device
     model.to("cpu")  # where the fresh process will compute them
     record(result.model, folder)
+    text_probes.record(folder, source.tokenizer, _embed(source, result.model, folder))
     model.to(device)
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def _forget_code(model: PreTrainedModel) -> None:
+    """Remove from a config what names code that does not come along."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config.__dict__.pop("auto_map", None)
+
+
+def _embed(source: Source, model: PreTrainedModel, folder: Path) -> text_probes.Embed | None:
+    """Return how a model of sentence-transformers, as it is in memory, makes vectors of texts."""
+    if source.tokenizer is None:
+        return None
+    evaluator = Evaluator(model, source.tokenizer, source.pooling, None, source.max_length(_LONG))
+    if text_probes.is_cross_encoder(folder):
+        return evaluator.judge
+    if (folder / MODULES).is_file() and source.task in EMBEDDING:
+        prompt = source.pooling.prompt
+        return lambda texts: evaluator.embed([prompt + text for text in texts])
+    return None

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from plmcc.api import Miss
+from plmcc.catalog import registry as catalog
 from plmcc.pipeline.expected import PlannedSite
 from plmcc.planning.cost import Cost
 from plmcc.planning.memory import Memory
@@ -35,6 +36,15 @@ def print_plan(plan: Plan, console: Console) -> None:
         for line in _explained(plan):
             console.print(line, markup=False, soft_wrap=True)
         console.print(_targets(plan))
+        for line in hazards(plan):
+            console.print(line, markup=False, soft_wrap=True)
+
+
+def hazards(plan: Plan) -> list[str]:
+    """Return what a user should know of each pass of a plan, a line each."""
+    names = dict.fromkeys(rule.name for stage in plan.stages for rule in stage.rules)
+    found = [f"  {name}: {one}" for name in names for one in catalog.options(name).hazards]
+    return ["hazards of these passes:", *found] if found else []
 
 
 def short_lines(plan: Plan) -> list[str]:

@@ -191,10 +191,12 @@ def _entry(entry: object, document: Document, path: Steps) -> tuple[str, Values]
         message = f"`{others[0]}` is a second key beside `{name}`; an entry is a single pass"
         raise error("PLM111", message, location, hint=hint)
     options = {} if entry[name] is None else entry[name]
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) and str(name) in catalog.entries():
         location = document.location((*path, name))
         message = f"the options of `{name}` have the wrong type"
         raise error("PLM103", message, location, got=shown(options), allowed="a mapping")
+    if not isinstance(options, dict):
+        options = {}  # the name is the mistake: no such pass
     # `initialisation` is `initialization`: recipes are written on both sides. Not a validator of
     # passes, since after one that runs before them lists are no tuples any longer.
     return str(name), {str(key).replace("isation", "ization"): v for key, v in options.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
@@ -223,6 +224,10 @@ class Distill(Node):
         if not (self.logits or self.hidden_states or self.pooled or self.sequence):
             hint = "set one of logits, hidden_states, pooled above 0, or add `sequence`"
             raise invalid("PLM108", "no distillation weight is above 0", hint=hint)
+        word = self.teacher.casefold()
+        if self.teacher != "original" and get_close_matches(word, ["original"], 1, 0.9):
+            hint = "write `original`; a directory of this name is `./NAME`"
+            raise invalid("PLM107", "`teacher` is a misspelt `original`", "teacher", hint=hint)
         if self.task is not None and not (self.logits or self.hidden_states or self.pooled):
             message = "`task` has no effect: there is no other loss to weigh it against"
             raise invalid("PLM108", message, "task", hint="remove it, or set `logits` above 0")

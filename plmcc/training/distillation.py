@@ -150,7 +150,7 @@ class Distillation:
             ]
             total = total + self.settings.hidden_states * torch.stack(terms).mean()
         if self.settings.pooled:
-            student, goal = (self.pooling(last_states(o), mask_BL) for o in (output, teacher))
+            student, goal = (self.pooling.unit(last_states(o), mask_BL) for o in (output, teacher))
             total = total + self.settings.pooled * (1 - (student * goal).sum(-1)).mean()
         return total
 

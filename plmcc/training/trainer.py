@@ -152,7 +152,7 @@ class DistillingTrainer(Trainer):
 
     def _task_loss(self, output: Any, batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         if labels is not None:
-            pooled = self.training_data.pooling(last_states(output), batch["attention_mask"])
+            pooled = self.training_data.pooling.unit(last_states(output), batch["attention_mask"])
             return similarity_loss(pooled, labels)
         if self.args.label_smoothing_factor and "labels" in batch:
             return self._smoothed(output["logits"], batch["labels"])

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from plmcc.artifact import lock as seal
 from plmcc.artifact.verify import prove
 from plmcc.diagnostics import PlmccError
 from plmcc.recipe.load import parse_recipe
+from support.processes import run_module
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -36,8 +36,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plmcc.cli", "verify", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_module("plmcc.cli", ["verify", *arguments])
 
 
 def test_an_artifact_is_what_was_written(artifact: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from jsonschema import Draft7Validator
 
 from plmcc.catalog import registry as catalog
+from plmcc.catalog.view import details
 from plmcc.diagnostics import Location, PlmccError
 from plmcc.recipe.load import load_recipe
 
@@ -130,6 +132,16 @@ def test_passes() -> None:
     options = {option["name"]: option for option in details["options"]}
     assert options["codewords"]["default"] == 16
     assert options["codewords"]["description"]
+
+
+def test_the_type_of_an_option_names_no_class_of_python() -> None:
+    kinds = {
+        (name, option["name"]): option["type"]
+        for name in catalog.names()
+        for option in details(name)["options"]
+    }
+    assert not [kind for kind in kinds.values() if re.search("[A-Z]", kind)]
+    assert kinds["low_rank", "target"] == "{parameters: number} | null"
 
 
 def test_an_unknown_pass() -> None:

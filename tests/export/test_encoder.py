@@ -27,6 +27,7 @@ from plmcc.export import proof as export_check
 from plmcc.export.manifest import MANIFEST
 from plmcc.models.source import Source
 from plmcc.recipe.load import parse_recipe
+from support.processes import run_module
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -84,8 +85,7 @@ def compiled(artifact: Path) -> Path:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plmcc.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_module("plmcc.cli", arguments)
 
 
 def batch(rows: int, length: int) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def test_a_model_named_by_hub_id_comes_from_the_local_cache(tmp_path: Path) -> N
     code = (
         "from plmcc.models.source import load_source\n"
         "source = load_source('someone/tiny', 'fill-mask')\n"
-        "print(source.tokenizer is not None, [f.name for f in source.other_files()])\n"
+        "print(source.tokenizer is not None, [f.name for f in source.other_files().copied])\n"
     )
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
     done = subprocess.run(

@@ -19,6 +19,7 @@ from plmcc.models.source import load_source
 from plmcc.passes.compositional_codes import CompositionalCodes
 from plmcc.recipe.load import load_recipe
 from support.plans import run_here
+from support.processes import run_module
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -29,14 +30,6 @@ plmcc: 1
 name: small
 passes:
   - compositional_codes: {codebooks: 4, codewords: 8, rounds: 0}
-"""
-NO_NETWORK = """\
-import socket, sys
-def refuse(*_, **__): raise AssertionError("plmcc opened a network connection")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from plmcc.cli.app import main
-sys.argv[0] = "plmcc"
-main()
 """
 
 
@@ -56,8 +49,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", NO_NETWORK, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    return run_module("support.no_network", arguments, timeout=timeout)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import plmcc
 from plmcc.artifact.size import component_bytes
 from plmcc.planning.diff import Change, diff
 from plmcc.recipe.load import parse_recipe
+from support.processes import run_module
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -66,8 +66,7 @@ def test_a_model_does_not_differ_from_itself(folder: Path) -> None:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plmcc.cli", "diff", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    return run_module("plmcc.cli", ["diff", *arguments], cwd=folder)
 
 
 def test_text_json_and_a_page(folder: Path) -> None:

@@ -245,6 +245,7 @@ def test_the_text_names_sites_figures_and_targets(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for words_ in ("becomes CodedEmbedding", "operations a token", "ctranslate2", "parameters"):
         assert words_ in done.stdout
+    assert "compositional_codes: Without training afterwards" in done.stdout
 
 
 def test_a_new_model_and_a_cut_vocabulary_are_planned(tmp_path: Path) -> None:

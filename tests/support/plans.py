@@ -11,6 +11,7 @@ import torch
 
 from plmcc.cli.app import main
 from plmcc.recipe import Recipe, parse_recipe
+from support.processes import run_module
 from support.tiny_models import tiny
 
 
@@ -27,8 +28,7 @@ def recipe_of(text: str) -> Recipe:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plmcc.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return run_module("plmcc.cli", arguments)
 
 
 def run_here(

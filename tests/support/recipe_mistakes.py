@@ -108,6 +108,7 @@ MISTAKES = [
     Mistake("plmcc: 1\npasses:\n  -§\n", "PLM111", "- name"),
     Mistake("plmcc: 1\npasses: [§[compositional_codes]]\n", "PLM111"),
     Mistake("plmcc: 1\npasses: [compositional_codes: §3]\n", "PLM103", "a mapping"),
+    Mistake("plmcc: 1\npasses: [§quantize: int8]\n", "PLM110", "`quantized_linears`"),
     Mistake(
         "plmcc: 1\npasses:\n  - compositional_codes:\n    §codebooks: 8\n",
         "PLM111",
@@ -150,6 +151,8 @@ MISTAKES = [
     train("distill: §{task: 1, logits: 0}", "PLM108", "set one of"),
     train("distill: {logits: 1, layers: §{0: 1}}", "PLM108", "set `hidden_states`"),
     train("distill: {logits: §-1}", "PLM104", "at least 0"),
+    train("distill: {logits: 1, teacher: §orginal}", "PLM107", "write `original`"),
+    train("distill: {logits: 1, teacher: §Original}", "PLM107", "write `original`"),
     train("distill: {logits: 1, temperature: §0}", "PLM104", "more than 0"),
     train("distill: {hidden_states: 1, layers: {§a: 1}}", "PLM103", "a whole number"),
     train("distill: {hidden_states: 1, layers: {0: §-1}}", "PLM104", "at least 0"),

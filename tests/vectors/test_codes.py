@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from plmcc.vectors.codes import Codes, holds_codes, read_codes
 from plmcc.vectors.export import write_codes, write_vectors
 from plmcc.vectors.keyed import Vectors
 from support.plans import run_here
+from support.processes import run_module
 
 V = 300
 WORDS = ["new york", "Zürich", *(f"w{i}" for i in range(V - 2))]
@@ -30,8 +30,7 @@ def codes(bits: int = 100) -> Codes:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plmcc.cli", "vectors", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_module("plmcc.cli", ["vectors", *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
-import sys
 import tracemalloc
 from codecs import BOM_UTF8
 from functools import partial
@@ -20,6 +19,7 @@ from plmcc.diagnostics import PlmccError
 from plmcc.recipe.load import parse_recipe
 from plmcc.vectors.keyed import Score, Vectors
 from support.plans import run_here
+from support.processes import run_module
 from support.tiny_models import tiny
 
 WORDS = ["king", "queen", "man", "woman", "Zürich", "new york", "..."]
@@ -265,27 +265,22 @@ def test_apply_leaves_broken_lines_out_when_asked(tmp_path: Path) -> None:
     file = tmp_path / "vectors.txt"
     lines = [f"w{i} {i} {-i} {i % 7} 1" for i in range(99)]
     file.write_text("\n".join([*lines[:50], "x 1 2", *lines[50:]]))
-    command = [sys.executable, "-m", "plmcc.cli", "apply", str(tmp_path / "recipe.yaml")]
+    command = ["apply", str(tmp_path / "recipe.yaml")]
     out = ["-o", str(tmp_path / "out")]
-    done = subprocess.run([*command, str(file), *out], capture_output=True, text=True)
+    done = run_module("plmcc.cli", [*command, str(file), *out])
     assert (done.returncode, "vectors.txt:51: error PLM301" in done.stderr) == (1, True)
     assert "add --skip-broken" in done.stderr
     assert not (tmp_path / "out").exists()
-    done = subprocess.run(
-        [*command, str(file), *out, "--skip-broken"], capture_output=True, text=True
-    )
+    done = run_module("plmcc.cli", [*command, str(file), *out, "--skip-broken"])
     assert done.returncode == 0, done.stderr
     assert "line 51: `x` has 2 numbers" in done.stdout
     assert len(vectors.load(tmp_path / "out")) == 99
-    done = subprocess.run(
-        [*command, str(tmp_path), *out, "--skip-broken"], capture_output=True, text=True
-    )
+    done = run_module("plmcc.cli", [*command, str(tmp_path), *out, "--skip-broken"])
     assert (done.returncode, "needs a file of word vectors" in done.stderr) == (1, True)
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plmcc.cli", "vectors", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_module("plmcc.cli", ["vectors", *arguments])
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
