@@ -11,6 +11,8 @@ list of repeated layers. Stored: nothing beside the kept layers.
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -157,20 +159,37 @@ def _drop(model: PreTrainedModel, path: str, kept: list[int]) -> None:
     stack = model.get_submodule(path)
     assert isinstance(stack, nn.ModuleList)
     layers = [stack[index] for index in kept]
+    numbers = _numbers(stack)
     stack._modules.clear()
     for index, layer in enumerate(layers):
         stack.append(layer)
-        _number(layer, index)
+        for name, attribute, first in numbers:
+            module = dict(layer.named_modules()).get(name)
+            if module is not None and attribute in vars(module):
+                setattr(module, attribute, first + index)
     for live, values in zip(_configs(model), resized, strict=True):
         for name, value in values.items():
             setattr(live, name, value)
 
 
-def _number(layer: nn.Module, index: int) -> None:
-    """A layer writes to the cache at its `layer_idx`: with the old one, generation goes wrong."""
-    for module in layer.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx = index  # type: ignore[assignment]
+def _numbers(stack: nn.ModuleList) -> list[tuple[str, str, int]]:
+    """Return where layers hold their own number: path in the layer, attribute, number of layer 0.
+
+    A layer writes to the cache at its number: with the old one, generation goes wrong. It is
+    called `layer_idx`, `layer_id` and more; what counts up with the layers is it.
+    """
+    values: dict[tuple[str, str], dict[int, int]] = {}
+    for index, layer in enumerate(stack):
+        for name, module in layer.named_modules():
+            for attribute, value in vars(module).items():
+                if type(value) is int:
+                    values.setdefault((name, attribute), {})[index] = value
+    found = []
+    for (name, attribute), by_layer in values.items():
+        firsts = {value - index for index, value in by_layer.items()}
+        if len(firsts) == 1 and (len(by_layer) > 1 or attribute == "layer_idx"):
+            found.append((name, attribute, *firsts))
+    return found
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -189,13 +208,14 @@ def _resized(model: PreTrainedModel, path: str, kept: list[int]) -> list[Values]
     depth, before = len(model.get_submodule(path)), stack_depths(model)  # type: ignore[arg-type]
     wanted = before | {path: len(kept)}
     names = [n for n, v in model.config.to_dict().items() if v == depth and "layer" in n]
-    for name in names:
+    for name, lists in itertools.product(names, ("layer", "attention", "")):
         config = copy.deepcopy(model.config)
-        _shorten(config, name, depth, kept)
+        _shorten(config, name, depth, kept, lists)
         try:
+            _check_read(config)
             with torch.device("meta"):
                 trial = type(model)._from_config(config)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except Exception:  # whatever a configuration or model makes of values that do not fit
             continue
         if stack_depths(trial) == wanted:
             pairs = zip(_configs(model), _configs(trial), strict=True)
@@ -203,16 +223,41 @@ def _resized(model: PreTrainedModel, path: str, kept: list[int]) -> list[Values]
     return None
 
 
-def _shorten(config: PreTrainedConfig, name: str, depth: int, kept: list[int]) -> None:
+def _check_read(config: PreTrainedConfig) -> None:
+    """Read a configuration as from a file: some check there what they do not check in memory."""
+    values = config.to_dict()
+    for name in ("model_type", "base_model_type", "quantization_config"):
+        values.pop(name, None)
+    type(config).from_dict(json.loads(json.dumps(values)))
+
+
+def _shorten(config: PreTrainedConfig, name: str, depth: int, kept: list[int], lists: str) -> None:
+    """Set the number of layers, and cut lists with one entry a layer: those with "layer" or the
+    text `lists` in their name."""
     setattr(config, name, len(kept))
-    for key, value in config.to_dict().items():  # one entry a layer: types of attention and such
-        if isinstance(value, list) and len(value) == depth and "layer" in key:
+    for key, value in config.to_dict().items():
+        if not isinstance(value, list) or not ("layer" in key or lists in key):
+            continue
+        if len(value) == depth:
             setattr(config, key, [value[index] for index in kept])
+        elif len(entries := _unrolled(value)) == depth:
+            setattr(config, key, [[[entries[index] for index in kept], 1]])
+
+
+def _unrolled(value: list[object]) -> list[object]:
+    """The entries of a list of [entries, repetitions], as GPT-Neo has it."""
+    found: list[object] = []
+    for part in value:
+        if not (isinstance(part, list) and len(part) == 2 and isinstance(part[0], list)):
+            return []
+        found += part[0] * part[1] if isinstance(part[1], int) else []
+    return found
 
 
 def _changes(live: PreTrainedConfig, new: PreTrainedConfig) -> Values:
     old, values = live.to_dict(), new.to_dict()
-    return {n: v for n, v in values.items() if "layer" in n and n in old and old[n] != v}
+    kept = lambda n, v: "layer" in n or isinstance(v, list)  # noqa: E731
+    return {n: v for n, v in values.items() if n in old and old[n] != v and kept(n, v)}
 
 
 def _influence(program: Program, stack: nn.ModuleList) -> list[float]:

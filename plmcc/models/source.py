@@ -267,7 +267,7 @@ def outline(config: PreTrainedConfig, kind: Any, options: Values, name: str) -> 
     try:
         with torch.device("meta"):
             model: PreTrainedModel = build(config, dtype=config.dtype or torch.float32)
-    except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as problem:
+    except Exception as problem:  # whatever an architecture makes of its configuration
         message = f"the model cannot be built without its weights: {first_line(problem)}"
         raise error("PLM401", message, name) from None
     stored = getattr(config, "quantization_config", None)

@@ -20,6 +20,7 @@ from plmcc.pipeline.expected import Expected, check_made, expected_sites
 from plmcc.pipeline.judge import Judge
 from plmcc.pipeline.prepare import CHECKS, prepare, retokenizes, widen
 from plmcc.pipeline.stage import match_stage, run_stage, timed
+from plmcc.pipeline.trial import try_out
 from plmcc.pipeline.verifier import Dump
 from plmcc.recipe.load import Recipe
 from plmcc.recipe.needs import check_calibrated
@@ -74,6 +75,7 @@ def run(
     check_calibrated(recipe)
     has_cache = same_with_cache(source.model, probe_inputs(source.model))
     expected = expected_sites(recipe, source.model)
+    try_out(recipe, source.model)
     _announce(recipe, source, matched, has_cache, log)
     original = _original(recipe, source)
     data = data.with_teachers(original)

@@ -6,6 +6,7 @@ plan`), and the model so changed is counted, and is what the next stage is match
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from plmcc.models.source import Source, load_source
 from plmcc.pipeline.datasets import infer_label_space
 from plmcc.pipeline.expected import UNKNOWN, PlannedSite, carry_out
 from plmcc.pipeline.prepare import CHECKS, prepare, prepares, widen
+from plmcc.pipeline.trial import try_out
 from plmcc.planning.cost import Cost, cost
 from plmcc.planning.deploy import Target, targets
 from plmcc.planning.memory import Extra, Memory, training_memory
@@ -148,6 +150,7 @@ def plan(
     )
     source = widen(recipe, source)
     original = sum(component_bytes(model).values())
+    untouched = copy.deepcopy(model)
     for check in CHECKS:
         with _problems_of(made):
             check(recipe, source)
@@ -170,6 +173,9 @@ def plan(
             break
     with _problems_of(made):
         check_calibrated(recipe)
+    if not (brief or made.problems):
+        with _problems_of(made):
+            try_out(recipe, untouched)
     made.notes[:0] = source.notes
     made.targets = [] if made.problems else targets(model, rewritten)
     made.seconds = round(time.perf_counter() - start, 3)

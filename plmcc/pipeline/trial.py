@@ -1,0 +1,122 @@
+"""A trial of a recipe's passes on a small random copy of the model, before any real work.
+
+What a pass cannot do on an architecture is so found out in seconds, by `plan` as by `apply`: the
+passes rewrite the copy as they would the model, their schedules are moved to the end, and the
+result is run, with and without cache, and saved and loaded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from plmcc import rewrite
+from plmcc.artifact import format as artifact
+from plmcc.artifact.verify import check_cache, first_output, same_with_cache
+from plmcc.catalog import registry as catalog
+from plmcc.diagnostics import PlmccError, error
+from plmcc.ir.calibration import CalibrationData
+from plmcc.ir.probes import probe_inputs
+from plmcc.models.reduced import drawn, reduced_configs
+from plmcc.pipeline.prepare import prepares
+from plmcc.pipeline.verifier import ties_of, verify_program
+from plmcc.recipe.load import Recipe
+from plmcc.utils.numerics import relative_difference
+from plmcc.utils.text import first_line
+
+_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+_KEPT = 8_000_000
+"""Parameters of the largest copy that is tried."""
+
+
+def try_out(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Let the passes of a recipe rewrite a small random copy of a model.
+
+    Passes on tables are left out: what they do depends on no architecture. Nothing is tried where
+    no copy is small enough, or where the rules match none.
+
+    Args:
+        recipe: with passes of real classes.
+        model: may be on the meta device; it is not changed.
+
+    Raises:
+        PlmccError: a pass matches this architecture and cannot rewrite it.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    state = torch.random.get_rng_state()
+    try:
+        for config in reduced_configs(model):
+            copied = drawn(model, config, recipe.seed)
+            if sum(p.numel() for p in copied.parameters()) > _KEPT:
+                return
+            if _tried(recipe, copied):
+                return
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def _tried(recipe: Recipe, model: PreTrainedModel) -> bool:
+    """Rewrite a copy; whether the rules matched it."""
+    cached = same_with_cache(model, probe_inputs(model))
+    records: list[rewrite.Record] = []
+    for number, stage in enumerate(recipe.steps()):
+        chosen = [(i, p) for i, p in enumerate(stage.passes) if not prepares(p)]
+        locations = [recipe.pass_location(number, index, "targets") for index, _ in chosen]
+        try:
+            found = rewrite.match(
+                model, [p for _, p in chosen], locations, CalibrationData.random(model)
+            )
+        except PlmccError:
+            return False  # too few layers for its options
+        sites = [(at, site) for at, site in found.sites if site.roles[0] != "embedding"]
+        for at, (index, one) in enumerate(chosen):
+            part = replace(found, sites=tuple(pair for pair in sites if pair[0] == at))
+            if not part.sites:
+                continue
+            try:
+                records += _rewritten(model, part, cached)
+            except Exception as problem:  # what passes, and models so changed, raise
+                reason = _reason(problem)
+                name = catalog.name_of(type(one))
+                message = f"`{name}` does not fit {type(model).__name__}: {reason}"
+                where = recipe.pass_location(number, index)
+                hint = "choose other `targets`, options or another pass"
+                got = "a small random copy of the model, rewritten by the pass"
+                raise error("PLM203", message, where, got=got, hint=hint) from problem
+    return True
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, PlmccError):
+        return problem.diagnostics[0].message
+    return f"{type(problem).__name__}: {first_line(problem)}"
+
+
+def _rewritten(
+    model: PreTrainedModel, matched: rewrite.Matched, cached: bool
+) -> list[rewrite.Record]:
+    """Rewrite a copy by one pass, and check what it has become."""
+    inputs, ties = probe_inputs(model), ties_of(model)
+    done = rewrite.replace_all(model, matched)
+    verify_program(model, done, inputs, ties, "trainable")
+    for objective in {id(one.objective): one.objective for one in done}.values():
+        if objective is not None:
+            objective.advance(1.0)
+    records = rewrite.harden_all(model, done)
+    verify_program(model, done, inputs, ties, "deployed")
+    if cached:
+        check_cache(model, inputs)
+    artifact.adopt(model, records)
+    expected = first_output(model, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again: PreTrainedModel = type(model).from_pretrained(folder).eval()
+    difference = relative_difference(first_output(again, inputs), expected)
+    if not difference <= _BOUNDS.get(model.dtype, 5e-2):
+        message = f"saved and loaded again, it differs by {difference:.3g} of its scale"
+        raise error("PLM402", message)
+    return records
