@@ -213,7 +213,7 @@ def judged(model: PreTrainedModel, entry: str) -> tuple[str, str]:
     source = Source.of(model)
     outline = copy.deepcopy(model).to("meta")
     try:
-        planned = plan(recipe, Source.of(outline), brief=True)
+        planned = plan(recipe, Source.of(outline))
     except plmcc.PlmccError as problem:
         return "refused", problem.diagnostics[0].message
     if planned.problems:

@@ -117,7 +117,7 @@ def _check(model: Any, length: int, device: str) -> None:
             got=device,
             allowed="cpu",
         )
-    positions = positions_of(model.config)
+    positions = positions_of(model)
     if positions is not None and length > positions:
         raise error(
             "PLM303",

@@ -94,7 +94,7 @@ class PruneVocabulary(Pass):
             message = f"the tokenizer has {size} tokens, the model only {rows} rows"
             raise error("PLM303", message)
         try:
-            cut(source.model, kept)
+            changed = cut(source.model, kept)
         except ValueError as problem:
             raise error(
                 "PLM203", f"the vocabulary of this model cannot be pruned: {problem}"
@@ -103,6 +103,7 @@ class PruneVocabulary(Pass):
         return Preparation(
             rebuilt(tokenizer, shortened(values, kept)),
             {name: float(value) for name, value in statistics.items()},
+            (f"token ids numbered anew: {', '.join(changed)}",) if changed else (),
         )
 
     def _kept(self, values: Values, counts: np.ndarray, seen: set[str], rows: int) -> list[int]:

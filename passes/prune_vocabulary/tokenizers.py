@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -51,6 +52,8 @@ def special(values: Values) -> set[int]:
         found |= {vocabulary[t] for t in [model["unk_token"]] if t in vocabulary}
     if model.get("unk_id") is not None:
         found.add(model["unk_id"])
+    if values.get("padding"):
+        found.add(values["padding"]["pad_id"])
     found |= {i for t, i in vocabulary.items() if len(t) == 6 and t.startswith("<0x")}
     if model["type"] == "BPE" and _byte_level(values):
         found |= {index for text, index in vocabulary.items() if len(text) == 1}
@@ -109,6 +112,8 @@ def shortened(values: Values, kept: list[int]) -> Values:
         model["merges"] = [list(pair) for pair in pairs]
     for token in values["added_tokens"]:
         token["id"] = new[token["id"]]
+    if values.get("padding"):  # what other readers of the file pad with
+        values["padding"]["pad_id"] = new[values["padding"]["pad_id"]]
     _renumber(values["post_processor"], new)
     return values
 
@@ -135,7 +140,8 @@ def rebuilt(tokenizer: PreTrainedTokenizerBase, values: Values) -> PreTrainedTok
         folder = Path(name)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():  # other forms of the vocabulary
-            if file.name not in _CONFIGURED and file.suffix != ".jinja":
+            kept = file.name in _CONFIGURED or file.suffix == ".jinja" or file.is_dir()
+            if not kept:
                 file.unlink()
         (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
         file = folder / "tokenizer_config.json"
@@ -178,8 +184,11 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def cut(model: PreTrainedModel, kept: list[int]) -> None:
+def cut(model: PreTrainedModel, kept: list[int]) -> list[str]:
     """Keep these tokens' entries, numbered in their order, and tell the configuration.
+
+    Returns:
+        The entries of config and generation config that held other ids.
 
     Raises:
         ValueError: a model of the new configuration has other shapes.
@@ -187,7 +196,7 @@ def cut(model: PreTrainedModel, kept: list[int]) -> None:
     new = {old: index for index, old in enumerate(kept)}
     wanted, table = dict(rows_of(model)), model.get_input_embeddings()
     size = int(table.weight.shape[0])  # type: ignore[index]
-    _check_shapes(model, wanted, size, len(kept))
+    _check_shapes(model, wanted, size, new)
     index = torch.tensor(kept)
     for name, dim in wanted.items():
         value = _tensor(model, name)
@@ -201,16 +210,22 @@ def cut(model: PreTrainedModel, kept: list[int]) -> None:
             module.out_features = len(module.weight)
         if getattr(module, "vocab_size", None) == size:
             module.vocab_size = len(kept)  # type: ignore[assignment]
+    changed = []
     for config in _configurations(model):
         _shorten(config, size, len(kept))
-        renumber(config, new)
+        changed += renumber(config, new)
     if getattr(model, "generation_config", None) is not None:
-        renumber(model.generation_config, new)
+        changed += [f"generation {name}" for name in renumber(model.generation_config, new)]
+    return list(dict.fromkeys(changed))
 
 
-def _check_shapes(model: PreTrainedModel, wanted: dict[str, int], size: int, count: int) -> None:
+def _check_shapes(
+    model: PreTrainedModel, wanted: dict[str, int], size: int, new: dict[int, int]
+) -> None:
     """Check that a model of the new configuration has the shapes that cutting makes."""
-    config = copy.deepcopy(model.config)
+    config, count = copy.deepcopy(model.config), len(new)
+    for part in (config, config.get_text_config()):
+        renumber(part, new)  # the table refuses a padding token beyond its rows
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     for name, value in model.state_dict(keep_vars=True).items():
         if name in wanted or any(value is _tensor(model, other) for other in wanted):
@@ -249,23 +264,66 @@ def _shorten(config: Any, size: int, length: int) -> None:
                 setattr(part, name, length)
 
 
-def renumber(config: object, new: dict[int, int]) -> None:
+_IDS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens", "_to_id")
+"""How the names of entries end whose values are token ids: numbers, lists, or values of names."""
+_PHRASES = ("bad_words_ids", "force_words_ids", "sequence_bias")
+"""Entries with sequences of ids: one of them that is dropped makes the sequence impossible."""
+
+
+def renumber(config: object, new: dict[int, int]) -> list[str]:
     """Number the token ids in a configuration anew, in place; ids of dropped tokens go.
 
-    Entries such as `eos_token_id`, `forced_decoder_ids` and `suppress_tokens`: numbers, lists, and
-    lists of lists, in which a pair is (position, id) for `forced_decoder_ids`.
+    Returns:
+        The names of the entries that changed.
     """
+    changed = []
     for name, value in list(vars(config).items()):
-        if name.endswith(("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids")):
-            setattr(config, name, _renumbered(value, new))
+        found = value
+        if name.endswith(_PHRASES):
+            found = _phrases(value, new)
+        elif name.endswith(_IDS):
+            found = _renumbered(value, new)
         elif name == "forced_decoder_ids" and value:
-            setattr(config, name, [[at, new.get(token)] for at, token in value])
+            found = [[at, new.get(token)] for at, token in value]
+        if found != value:
+            setattr(config, name, found)
+            changed.append(name)
+    return changed
 
 
 def _renumbered(value: object, new: dict[int, int]) -> object:
+    if isinstance(value, dict):
+        found = {key: _renumbered(item, new) for key, item in value.items()}
+        return {key: item for key, item in found.items() if item is not None}
     if isinstance(value, bool) or not isinstance(value, (int, list)):
         return value
     if isinstance(value, int):
         return new.get(value) if value >= 0 else value
-    found = [_renumbered(item, new) for item in value]
-    return [item for item in found if item is not None and item != []]
+    left = [_renumbered(item, new) for item in value]
+    return [item for item in left if item is not None and item != []]
+
+
+def _phrases(value: object, new: dict[int, int]) -> object:
+    """Sequences of ids: a list of them, of lists of them, or with a number beside each (pairs, or
+    the values of a dictionary). None where none is left."""
+    if isinstance(value, dict):
+        return {
+            tuple(new[i] for i in ids): bias for ids, bias in value.items() if _all(ids, new)
+        } or None
+    if not isinstance(value, (list, tuple)):
+        return value
+    left: list[object] = []
+    for item in value:
+        pair = len(item) == 2 and isinstance(item[0], (list, tuple)) and isinstance(item[1], float)
+        if pair:
+            left += [[[new[i] for i in item[0]], item[1]]] if _all(item[0], new) else []
+        elif item and isinstance(item[0], (list, tuple)):
+            inner = _phrases(item, new)
+            left += [inner] if inner else []
+        else:
+            left += [[new[i] for i in item]] if _all(item, new) else []
+    return left or None
+
+
+def _all(ids: Iterable[int], new: dict[int, int]) -> bool:
+    return all(index in new for index in ids)

@@ -8,6 +8,7 @@ Zipf's law; a teacher's outputs are then the only targets.
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import sys
 import zlib
@@ -293,9 +294,12 @@ def _read(suffix: str, files: list[Path]) -> Dataset:
         options = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}
     elif suffix == ".csv":
         options = {"keep_default_na": False, "na_values": [""]}
+    elif suffix == ".txt":
+        options = {"encoding": "utf-8-sig"}
     paths = [str(file) for file in files]
+    names = [glob.escape(path) for path in paths]  # the library takes them for patterns
     try:
-        return load_dataset(_BUILDERS[suffix], data_files=paths, split="train", **options)
+        return load_dataset(_BUILDERS[suffix], data_files=names, split="train", **options)
     except Exception as problem:  # as above
         reason = problem.__cause__ or problem
         if "corresponds to no data" in str(reason):

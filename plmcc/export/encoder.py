@@ -175,7 +175,7 @@ def longest(model: PreTrainedModel) -> int | None:
 
     RoBERTa and its like count positions from behind the padding token's number.
     """
-    positions = positions_of(model.config)
+    positions = positions_of(model)
     for path, module in model.named_modules():
         if positions and path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -137,7 +137,7 @@ def load_translator(name: str, device: str = "auto", compiled: bool = False) -> 
     longest = default_length(model)
     if compiled:
         lower(model)
-    positions = positions_of(model.config, "encoder")
+    positions = positions_of(model, "encoder")
     return Translator(tokenizer, model.generate, positions, longest, model.device)
 
 

@@ -42,7 +42,7 @@ def write_translation(model: PreTrainedModel, folder: Path, num_beams: int) -> V
             {"name": "attention_mask", **port, "values": 2},
         ],
         "outputs": [{"name": "tokens", **port}],
-        "dimensions": {"batch": [1, None], "length": [1, positions_of(model.config)]},
+        "dimensions": {"batch": [1, None], "length": [1, positions_of(model)]},
         "translation": {"shapes": shapes, "steps": steps, "search": asdict(search)},
     }
 
@@ -100,5 +100,5 @@ def _settings(model: PreTrainedModel) -> Any:
     if own.max_new_tokens is not None:
         config.max_length = own.max_new_tokens + 1
     elif own.max_length is None:
-        config.max_length = 1 + min(_LONGEST, positions_of(model.config, "decoder") or _LONGEST)
+        config.max_length = 1 + min(_LONGEST, positions_of(model, "decoder") or _LONGEST)
     return config

@@ -37,7 +37,7 @@ def generated(
     """
     model.eval()
     generate: Any = model.generate
-    positions = positions_of(model.config, "decoder")
+    positions = positions_of(model, "decoder")
     max_new_tokens = min(max_new_tokens, (positions or max_new_tokens + 1) - 1)
     config = model.generation_config
     ends = config.eos_token_id

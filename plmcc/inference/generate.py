@@ -113,7 +113,7 @@ class Generate:
         """What does not fit is left to transformers, for its results or its error."""
         if search.restrictions != self.programs.restrictions:
             return False
-        limit = positions_of(self.model.config)
+        limit = positions_of(self.model)
         if limit is not None and max(source_BS.shape[1], search.max_length - 1) > limit:
             return False
         if mask_BS is None:

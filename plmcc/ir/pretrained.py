@@ -31,3 +31,5 @@ class Preparation:
     """Replaces that of the model."""
     statistics: dict[str, float]
     """For the report."""
+    notes: tuple[str, ...] = ()
+    """What the user should know."""

@@ -3,9 +3,11 @@ and after a change."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from plmcc.diagnostics import error
 
@@ -42,17 +44,37 @@ def probe_inputs(
     return {name: value.to(model.device) for name, value in given.items()}
 
 
-def positions_of(config: object, part: str = "") -> int | None:
+def positions_of(model: PreTrainedModel | PreTrainedConfig, part: str = "") -> int | None:
     """Return how many tokens a model can read and write, None if there is no limit.
 
+    The configuration may count rows of the table of positions that no token has: RoBERTa's first
+    token is at `padding_idx + 1`.
+
     Args:
-        config: the model's.
+        model: a model, or a configuration alone, which is then believed.
         part: only what "encoder" or "decoder" can, where a model has a limit for each (LED).
     """
+    config = model.config if isinstance(model, PreTrainedModel) else model
     parts = [part] if part else ["encoder", "decoder"]
     names = ["max_position_embeddings", *(f"max_{p}_position_embeddings" for p in parts)]
     limits = [getattr(config, name, None) for name in names]
+    if isinstance(model, PreTrainedModel):
+        limits += [rows for name, rows in _position_tables(model) if part in name or not part]
     return min((limit for limit in limits if limit), default=None)
+
+
+def _position_tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    """Yield the path of each learned table of positions, and how many tokens it has rows for."""
+    for path, module in model.named_modules():
+        last = path.rpartition(".")[2]
+        if not isinstance(module, nn.Embedding) or not ("position" in last or last == "wpe"):
+            continue
+        if "relative" in path or "bias" in path:
+            continue
+        first = getattr(module, "offset", None)
+        if first is None and type(module) is nn.Embedding and module.padding_idx is not None:
+            first = module.padding_idx + 1
+        yield path, module.num_embeddings - int(first or 0)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

@@ -81,7 +81,7 @@ class Source:
 
     def max_length(self, asked: int) -> int:
         """Return the largest number of tokens that was asked for and that the model can read."""
-        positions = positions_of(self.model.config)
+        positions = positions_of(self.model)
         known = self.tokenizer.model_max_length if self.tokenizer else asked
         return int(min(asked, known, positions or asked, self.pooling.max_length or asked))
 
@@ -145,10 +145,35 @@ def load_source(
         placed.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer(name, folder)
     _check_tokens(model, tokenizer, str(name))
+    tokenizer, padded = _agreeing(model, tokenizer, chosen)
+    notes += (padded,) if padded else ()
     pooling = _pooling(folder, tokenizer) if chosen in EMBEDDING else Pooling()
     notes += (f"embeddings: {pooling.told}",) if pooling.told else ()
-    source = Source(model, chosen, str(name), tokenizer, folder, pooling, notes)
+    source = Source(
+        model, chosen, str(name), tokenizer, folder, pooling, notes, retokenized=bool(padded)
+    )
     return replace(source, notes=(*source.notes, *notes_of(source.other_files())))
+
+
+def _agreeing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, task: str
+) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """Give a classifier and its tokenizer the same padding token: it looks for the last token that
+    is no padding. Return the tokenizer, and what was changed."""
+    if tokenizer is None or task != "text-classification":
+        return tokenizer, ""
+    config = model.config.get_text_config()
+    known = config.pad_token_id
+    if known is not None and tokenizer.pad_token_id is not None:
+        return tokenizer, ""
+    made = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id is None:
+        named = made.convert_ids_to_tokens(known) if known is not None else None
+        made.pad_token = named or made.eos_token or made.unk_token
+    for part in (model.config, config):
+        part.pad_token_id = made.pad_token_id
+    whose = "the model" if known is None else "the tokenizer"
+    return made, f"{whose} has no padding token: both get `{made.pad_token}`"
 
 
 def _pooling(folder: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> Pooling:

@@ -113,7 +113,7 @@ def with_teacher(
     Distillation(source.model, teacher, distill, training_data.pooling, training_data.task)
     if distill.sequence is None:
         return replace(training_data, teacher=teacher)
-    positions, sequence = positions_of(source.model.config, "decoder"), distill.sequence
+    positions, sequence = positions_of(source.model, "decoder"), distill.sequence
     if positions is not None and sequence.max_new_tokens > positions:
         if "max_new_tokens" in sequence.model_fields_set:
             message = "the teacher's translations may be longer than the model can generate"

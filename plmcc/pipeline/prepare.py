@@ -59,7 +59,8 @@ def prepare(recipe: Recipe, source: Source, base: Path | None, log: Log) -> Prep
             found = [d if d.location else replace(d, location=where) for d in problem.diagnostics]
             raise PlmccError(*found) from None
         assert done is not None, f"{name}.prepare returns what it did"
-        source = replace(source, tokenizer=done.tokenizer, retokenized=True)
+        notes = (*source.notes, *done.notes)
+        source = replace(source, tokenizer=done.tokenizer, retokenized=True, notes=notes)
         seconds[f"{name}.prepare"] = round(time.perf_counter() - start, 3)
         record = {"pass": name, "paths": ["tokenizer"], "statistics": done.statistics, "layout": {}}
         sites.append(record)

@@ -181,7 +181,7 @@ def _runs(model: PreTrainedModel, given: Values) -> bool:
 
 
 def _readable(model: PreTrainedModel, length: int) -> int:
-    limit = positions_of(model.config) or getattr(model.config, "n_positions", None) or length
+    limit = positions_of(model) or getattr(model.config, "n_positions", None) or length
     return min(length, limit)
 
 

@@ -41,7 +41,9 @@ def matching_files(name: str, base: Path | None = None) -> list[Path]:
     """
     roots = [Path()] if base is None or Path(name).is_absolute() else [Path(), base]
     for root in roots:
-        found = sorted(Path(path) for path in glob.glob(str(root / name)))
+        # A file may have brackets in its name.
+        exact = [str(root / name)] if (root / name).exists() else []
+        found = sorted(Path(path) for path in exact or glob.glob(str(root / name)))
         if found:
             folders = [path for path in found if path.is_dir()]
             if folders:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import plmcc
 from plmcc.catalog import registry as catalog
 from plmcc.data.pooling import Pooling
+from plmcc.data.rows import load_rows
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.inference.batches import generated
 from plmcc.ir.probes import positions_of
@@ -202,7 +203,7 @@ def test_a_wrong_path_is_refused_before_the_hub_is_asked(
 def test_a_name_of_nothing_is_no_question_of_connections_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def unreachable(name: str) -> None:
+    def unreachable(name: str, **_: object) -> None:
         raise OSError(f"cannot connect to load {name}")
 
     monkeypatch.chdir(tmp_path)
@@ -286,3 +287,68 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     assert weights[0] == weights[1]
     kept = [(folder / "tokenizer.json").read_bytes() for folder in (model, tmp_path / "one")]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("RobertaModel", {"pad_token_id": 1}),
+        ("CamembertModel", {"pad_token_id": 1}),
+        ("MPNetModel", {"pad_token_id": 1}),
+        ("BertModel", {"pad_token_id": 0}),
+        ("GPT2Model", {"n_positions": 20, "n_embd": 32, "n_layer": 1, "n_head": 2}),
+        ("OPTModel", {"ffn_dim": 32, "word_embed_proj_dim": 32}),
+        ("BartModel", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}),
+        ("MarianModel", {"d_model": 32, "encoder_layers": 1, "pad_token_id": 0}),
+    ],
+)
+def test_positions_are_those_of_the_table(kind: str, options: dict[str, Any]) -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 20}
+    given = options if "d_model" in options or "n_embd" in options else sizes | options
+    given = {"max_position_embeddings": 20, "vocab_size": 99} | given
+    config = getattr(transformers, kind).config_class(**given)
+    model = getattr(transformers, kind)(config).eval()
+    limit = positions_of(model)
+    assert limit is not None
+
+    def read(length: int) -> None:
+        ids = torch.full((1, length), 5)
+        more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+
+    read(limit)
+    with pytest.raises((IndexError, RuntimeError)):
+        read(limit + 1)
+
+
+def test_a_classifier_without_padding_gets_the_same_in_model_and_tokenizer(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=99,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=40,
+        num_labels=3,
+        pad_token_id=None,
+    )
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    words(pad=False).save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"text,label\n{ROWS}\n")
+    metric = plmcc.Evaluate(metric="accuracy", data=str(rows))
+    recipe = plmcc.Recipe(passes=[CODES], train=train(rows), evaluate=[metric])
+    result = plmcc.apply(recipe, tmp_path / "model", tmp_path / "out")
+    assert "both get `[SEP]`" in " ".join(result.source.notes)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert plmcc.load(tmp_path / "out").config.pad_token_id == tokenizer.pad_token_id == 2
+
+
+def test_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "data [v1]"
+    folder.mkdir()
+    file = folder / "train[1].txt"
+    file.write_text("\ufeffw1 w2\nw3\n", encoding="utf-8")
+    (folder / "train1.txt").write_text("w9\n")
+    assert load_rows(str(file)).texts() == ["w1 w2", "w3"]

@@ -240,6 +240,10 @@ def test_configurations_name_the_new_ids(tmp_path: Path) -> None:
     lost = old.convert_tokens_to_ids(next(t for t in old.tokenize(" ".join(DROPPED)) if len(t) > 4))
     model.generation_config.bad_words_ids = [[old.pad_token_id], [lost, old.eos_token_id]]
     model.generation_config.suppress_tokens = [lost, old.unk_token_id]
+    two = [old.pad_token_id, old.eos_token_id]
+    model.generation_config.sequence_bias = [[two, 1.5], [[lost, old.eos_token_id], 2.0]]
+    model.generation_config.force_words_ids = [[two, [lost]], [old.eos_token_id]]
+    model.config.lang_to_id = {"<a>": old.eos_token_id, "<b>": lost}
     model.generation_config.forced_eos_token_id = old.eos_token_id
     source = prune(source, tmp_path)
     new = source.need_tokenizer("the test")
@@ -252,7 +256,31 @@ def test_configurations_name_the_new_ids(tmp_path: Path) -> None:
             old.convert_ids_to_tokens([0])[0]
         )
     assert model.model.shared.padding_idx == new.pad_token_id
-    assert model.generation_config.suppress_tokens == [new.unk_token_id]
+    settings = model.generation_config
+    assert settings.suppress_tokens == [new.unk_token_id]
+    # A sequence with a dropped token cannot occur; a part of it must not be banned instead.
+    assert settings.bad_words_ids == [[new.pad_token_id]]
+    two = [new.pad_token_id, new.eos_token_id]
+    assert settings.sequence_bias == [[two, 1.5]]
+    assert settings.force_words_ids == [[two], [new.eos_token_id]]
+    assert model.config.lang_to_id == {"<a>": new.eos_token_id}
+
+
+def test_a_padding_token_numbered_last_is_kept_in_every_form(tmp_path: Path) -> None:
+    source = source_of("gpt2")
+    tokenizer = source.need_tokenizer("the test")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool": "{{ tools }}"}
+    tokenizer.backend_tokenizer.enable_padding(pad_id=tokenizer.pad_token_id, pad_token="<pad>")
+    source.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    source.model.config.pad_token_id = tokenizer.pad_token_id
+    source = prune(source, tmp_path)
+    new = source.need_tokenizer("the test")
+    assert source.model.config.pad_token_id == new.pad_token_id
+    new.save_pretrained(tmp_path / "saved")
+    stored = json.loads((tmp_path / "saved/tokenizer.json").read_text())
+    assert stored["padding"] is None or stored["padding"]["pad_id"] == new.pad_token_id
+    assert set(new.chat_template) == {"default", "tool"}
 
 
 def test_the_most_frequent_are_kept(tmp_path: Path) -> None:
