@@ -42,6 +42,7 @@ import plmcc
 from plmcc.artifact.verify import check_cache, first_output
 from plmcc.ir.probes import probe_inputs
 from plmcc.models.source import Source
+from plmcc.pipeline.expected import on_meta
 from plmcc.planning.plan import plan
 from plmcc.recipe.load import parse_recipe
 from plmcc.utils.numerics import relative_difference
@@ -211,9 +212,8 @@ def judged(model: PreTrainedModel, entry: str) -> tuple[str, str]:
     text = f"plmcc: 1\npasses: [{entry}]\ncalibrate: {{data: synthetic}}\n"
     recipe = parse_recipe(text, load_torch=True)
     source = Source.of(model)
-    outline = copy.deepcopy(model).to("meta")
     try:
-        planned = plan(recipe, Source.of(outline))
+        planned = plan(recipe, Source.of(on_meta(model)))
     except plmcc.PlmccError as problem:
         return "refused", problem.diagnostics[0].message
     if planned.problems:
@@ -239,7 +239,7 @@ def reloaded(model: PreTrainedModel) -> tuple[str, str]:
             return "wrong", problem.diagnostics[0].message
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        kinds = {"its class": type(model), "AutoModel": AutoModel}
+        kinds: dict[str, Any] = {"its class": type(model), "AutoModel": AutoModel}
         for name, kind in kinds.items():
             again = kind.from_pretrained(folder).eval()
             if type(again) is not type(model):

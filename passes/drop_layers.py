@@ -188,7 +188,7 @@ def _numbers(stack: nn.ModuleList) -> list[tuple[str, str, int]]:
     for (name, attribute), by_layer in values.items():
         firsts = {value - index for index, value in by_layer.items()}
         if len(firsts) == 1 and (len(by_layer) > 1 or attribute == "layer_idx"):
-            found.append((name, attribute, *firsts))
+            found.append((name, attribute, firsts.pop()))
     return found
 
 
@@ -256,8 +256,11 @@ def _unrolled(value: list[object]) -> list[object]:
 
 def _changes(live: PreTrainedConfig, new: PreTrainedConfig) -> Values:
     old, values = live.to_dict(), new.to_dict()
-    kept = lambda n, v: "layer" in n or isinstance(v, list)  # noqa: E731
-    return {n: v for n, v in values.items() if n in old and old[n] != v and kept(n, v)}
+    return {
+        n: v
+        for n, v in values.items()
+        if n in old and old[n] != v and ("layer" in n or isinstance(v, list))
+    }
 
 
 def _influence(program: Program, stack: nn.ModuleList) -> list[float]:

@@ -58,6 +58,8 @@ class QuantizedLinears(Pass):
             return (
                 f"its {site.in_features} inputs are not a multiple of the group size {self.group}"
             )
+        if self.scheme == "int4" and site.in_features % 2:
+            return f"its {site.in_features} inputs are an odd number, and int4 stores pairs"
         return ""
 
     def plan(self, site: Site) -> Planned:
@@ -127,6 +129,7 @@ class QuantizedLinear(HardLinear):
         if scheme not in ("int8", "int4", "int8_dynamic"):
             raise ValueError(f"no scheme {scheme!r}: int8, int4, int8_dynamic")
         self.scheme, self.groups = scheme, groups
+        self.rounds_inputs = scheme == "int8_dynamic"
         halves = scheme == "int4"
         width, kind = (in_features // 2, torch.uint8) if halves else (in_features, torch.int8)
         self.levels: Tensor

@@ -52,7 +52,14 @@ class View(nn.Module):
         if self.role == "embedding":
             rows: Tensor = table(values)
             return rows
-        products: Tensor = (table.attend if self.role == "head" else table.product)(values)
+        work = table.attend if self.role == "head" else table.product
+        # accelerate loads offloaded tensors around `forward`, which this is not.
+        hook = getattr(table, "_hf_hook", None)
+        if hook is None:
+            products: Tensor = work(values)
+        else:
+            (moved,), _ = hook.pre_forward(table, values)
+            products = hook.post_forward(table, work(moved))
         return products if self.bias is None else products + self.bias
 
     @property

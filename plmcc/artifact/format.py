@@ -11,6 +11,7 @@ loads the file without plmcc, by whatever class, gets a size mismatch instead of
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import warnings
@@ -83,13 +84,14 @@ def _check_depth(values: Values) -> None:
 
 
 class _Marked:
-    """Makes a config write itself with `model_type: plmcc` and its own type beside it."""
+    """Makes a config write itself with `model_type: plmcc` and its own type beside it.
 
-    def to_dict(self) -> Values:
-        return _as_plmcc(self, super().to_dict())  # type: ignore[misc]
+    Only into a file: in memory it is a config of its type, by which peft and others look things up.
+    """
 
-    def to_diff_dict(self) -> Values:
-        return _as_plmcc(self, super().to_diff_dict())  # type: ignore[misc]
+    def to_json_string(self, use_diff: bool = True) -> str:
+        values = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
+        return json.dumps(_as_plmcc(self, values), indent=2, sort_keys=True) + "\n"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _restore, (type(self).__mro__[2], self.__dict__)

@@ -52,7 +52,7 @@ def record(
     """
     if tokenizer is None:
         return
-    texts = list(TEXTS)
+    texts = _readable(tokenizer)
     values: Values = {"texts": texts, "ids": _ids(tokenizer, texts)}
     if embed is not None:
         values["vectors"] = embed(texts).tolist()
@@ -109,6 +109,18 @@ def check(folder: Path, bound: float = 1e-4) -> list[str]:
             raise error("PLM402", message, str(folder), got=given, allowed=f"at most {bound:g}")
         done.append("sentence vectors")
     return done
+
+
+def _readable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts that a tokenizer can read: one without an unknown token knows its own words only."""
+    found = []
+    for text in (*TEXTS, *sorted(tokenizer.get_vocab())[:8]):
+        try:
+            _ids(tokenizer, [text])
+        except Exception:  # the tokenizers library raises bare exceptions
+            continue
+        found.append(text)
+    return found
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

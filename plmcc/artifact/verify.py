@@ -118,8 +118,9 @@ def compare(folder: Path) -> float:
     return _compared(folder)[0]
 
 
-def _compared(folder: Path) -> tuple[float, int, bool]:
-    """As `compare`; also the number of tensors, and whether there were tokens to compare."""
+def _compared(folder: Path) -> tuple[float, int, bool, list[str]]:
+    """As `compare`; also the number of tensors, whether there were tokens to compare, and what
+    `text_probes.check` has compared."""
     if not (folder / PROBES).exists():
         raise error("PLM402", "the artifact has no recorded outputs to compare with", str(folder))
     stored = load_file(folder / PROBES)
@@ -142,8 +143,8 @@ def _compared(folder: Path) -> tuple[float, int, bool]:
             how = "with" if cache else "without"
             message = f"the reloaded model generates other tokens {how} cache than it did in memory"
             raise error("PLM402", message, str(folder))
-    text_probes.check(folder, max(bound, 1e-3))
-    return difference, len(model.state_dict()), "output.tokens" in stored
+    texts = text_probes.check(folder, max(bound, 1e-3))
+    return difference, len(model.state_dict()), "output.tokens" in stored, texts
 
 
 def _loaded(folder: Path) -> PreTrainedModel:
@@ -178,6 +179,8 @@ class Proof:
     """Largest difference of the probes' outputs, relative to their scale."""
     generates: bool
     """Whether greedy tokens were compared too, with and without cache."""
+    texts: list[str]
+    """What was compared on texts: token ids, sentence vectors."""
     unknown: list[str]
     """Files that nothing records; nothing loads them."""
 
@@ -193,8 +196,8 @@ def prove(folder: Path) -> Proof:
         raise error("PLM401", "the directory does not exist", str(folder))
     unknown = seal.check(folder)
     _check_code(folder)
-    difference, tensors, generates = _compared(folder)
-    return Proof(len(seal.read(folder)["files"]), tensors, difference, generates, unknown)
+    difference, tensors, generates, texts = _compared(folder)
+    return Proof(len(seal.read(folder)["files"]), tensors, difference, generates, texts, unknown)
 
 
 def _check_code(folder: Path) -> None:

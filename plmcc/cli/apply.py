@@ -10,6 +10,7 @@ import typer
 from plmcc.cli.options import Overrides, RecipePath, Weights
 from plmcc.cli.recipes import check_recipe
 from plmcc.diagnostics import PlmccError, error
+from plmcc.utils.files import output_place
 
 if TYPE_CHECKING:
     from plmcc.recipe.load import Recipe
@@ -58,6 +59,7 @@ def apply(
     checked = check_recipe(recipe, overrides)
     if output is None:
         raise error("PLM502", "the output directory is missing", "--output", hint="add -o DIR")
+    output = output_place(output)
     loaded = checked.load()
 
     from rich.console import Console

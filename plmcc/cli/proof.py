@@ -40,6 +40,8 @@ def verify(artifact: Artifact, output: Output = Format.text) -> None:
     typer.echo(f"  relative difference of the outputs: {proof.difference:.1e}")
     if proof.generates:
         typer.echo("  the same tokens with the cache and without")
+    if proof.texts:
+        typer.echo(f"  the recorded {' and '.join(proof.texts)} of texts")
     for name in proof.unknown:
         typer.echo(f"  note: {name} is not in the lock file")
 

@@ -7,7 +7,6 @@ Zipf's law; a teacher's outputs are then the only targets.
 
 from __future__ import annotations
 
-import csv
 import glob
 import gzip
 import sys
@@ -21,7 +20,8 @@ import numpy as np
 from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from plmcc.diagnostics import PlmccError, did_you_mean, error, listing
+from plmcc.data.separated import options_of
+from plmcc.diagnostics import PlmccError, did_you_mean, error, listing, nearest
 from plmcc.recipe.load import Synthetic
 from plmcc.utils.files import matching_files
 from plmcc.utils.text import first_line
@@ -61,6 +61,10 @@ class Rows:
     source: str
     skipped: int = 0
     """Rows left out because a text is missing."""
+    kept: tuple[int, ...] = ()
+    """The number of each row before others were left out, from 0."""
+    first_line: int = 0
+    """The line of row 0 in its file; 0 where rows are no lines of one file."""
     prefix: str = ""
     """What is put before each text: the prompt of the model."""
 
@@ -69,7 +73,13 @@ class Rows:
 
     def texts(self, column: int = 0) -> list[str]:
         """Return the texts of one of the text columns."""
-        return [f"{self.prefix}{text}" for text in self.table[self.text[column]]]
+        texts = list(self.table[self.text[column]])
+        return [f"{self.prefix}{text}" for text in texts] if self.prefix else texts
+
+    def place(self, row: int) -> str:
+        """Return where a row is, for an error: its line in the file, or its number."""
+        number = self.kept[row] if self.kept else row
+        return f"line {number + self.first_line}" if self.first_line else f"row {number + 1}"
 
     def numbers(self) -> list[float]:
         """Return the labels as numbers.
@@ -85,7 +95,7 @@ class Rows:
                 location = f"{self.source}: {self.label}"
                 raise error(
                     "PLM302",
-                    f"the label of row {row + 1} is not a number",
+                    f"the label of {self.place(row)} is not a number",
                     location,
                     got=repr(value),
                 ) from None
@@ -109,7 +119,8 @@ class Rows:
         values = list(self.table[self.label])
         for row, value in enumerate(values):
             if value is None or (isinstance(value, float) and np.isnan(value)):
-                raise error("PLM302", f"row {row + 1} has no label", f"{self.source}: {self.label}")
+                message = f"{self.place(row)} has no label"
+                raise error("PLM302", message, f"{self.source}: {self.label}")
         return values
 
 
@@ -142,13 +153,24 @@ def load_rows(
         table, text, label = _aligned(table, text, name, target, base), None, None
     columns = columns_of(table, text, name)
     found_label = _label_column(table, label, name)
-    count = len(table)
-    table = table.filter(lambda row: all((row[c] or "").strip() for c in columns))
-    skipped = count - len(table)
-    if len(table) == 0:
+    texts = zip(*(table[column] for column in columns), strict=True)
+    kept = [i for i, row in enumerate(texts) if all((text or "").strip() for text in row)]
+    if not kept:
         raise error("PLM301", f"every row is empty in {' and '.join(columns)}", name)
-    table = table.select(range(min(limit or len(table), len(table))))
-    return Rows(table, columns, found_label, name, skipped)
+    skipped, kept = len(table) - len(kept), kept[:limit]
+    first = _first_line(source, base, len(table))
+    return Rows(table.select(kept), columns, found_label, name, skipped, tuple(kept), first)
+
+
+def _first_line(source: str | Sequence[str], base: Path | None, rows: int) -> int:
+    """Return the line of the first row of a file in which every row is a line; else 0."""
+    files = data_files(source, base)
+    if len(files) != 1 or files[0].suffix == ".gz":
+        return 0
+    with files[0].open("rb") as stream:
+        lines = sum(1 for line in stream if line.strip(b"\r\n"))
+    header = _kind(files[0]) in (".csv", ".tsv")
+    return 1 + header if lines == rows + header else 0
 
 
 def read_table(source: str | Sequence[str], base: Path | None = None) -> Dataset:
@@ -290,10 +312,12 @@ def _kind(file: Path) -> str:
 
 def _read(suffix: str, files: list[Path]) -> Dataset:
     options: Values = {}
-    if suffix == ".tsv":
-        options = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}
-    elif suffix == ".csv":
-        options = {"keep_default_na": False, "na_values": [""]}
+    if suffix in (".tsv", ".csv"):
+        found = [options_of(file, "\t" if suffix == ".tsv" else ",") for file in files]
+        options = found[0]
+        if any(other != options for other in found):
+            message = "files with other encodings or delimiters cannot be mixed"
+            raise error("PLM301", message, str(files[0]))
     elif suffix == ".txt":
         options = {"encoding": "utf-8-sig"}
     paths = [str(file) for file in files]
@@ -385,19 +409,26 @@ def check_class_labels(
         try:
             number = int(value)
         except (TypeError, ValueError):
-            raise _bad_label(rows, row, value, classes) from None
+            raise _bad_label(rows, row, value, classes, names) from None
         if number != float(value) or not 0 <= number < classes:
-            raise _bad_label(rows, row, value, classes)
+            raise _bad_label(rows, row, value, classes, names)
         labels.append(number)
     return labels
 
 
-def _bad_label(rows: Rows, row: int, value: object, classes: int) -> PlmccError:
-    message = f"the label of row {row + 1} is outside the head's range"
+def _bad_label(
+    rows: Rows, row: int, value: object, classes: int, names: Mapping[str, Any] | None
+) -> PlmccError:
+    known = [name for name in names or () if name != f"LABEL_{(names or {})[name]}"]
+    also = f", or {listing(known)}" if known else ""
+    near = nearest(str(value), known) or next(
+        (name for name in known if name.casefold() == str(value).casefold()), ""
+    )
     return error(
         "PLM302",
-        message,
+        f"the model's head has no label like that of {rows.place(row)}",
         f"{rows.source}: {rows.label}",
         got=repr(value),
-        allowed=f"whole numbers 0 to {classes - 1}",
+        allowed=f"whole numbers 0 to {classes - 1}{also}",
+        hint=f"did you mean `{near}`?" if near else "",
     )

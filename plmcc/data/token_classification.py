@@ -144,7 +144,7 @@ def named_labels(rows: Rows) -> list[list[str]]:
             count = len(labels) if isinstance(labels, list) else 1
             raise error(
                 "PLM302",
-                f"row {row + 1} does not have one label for each word",
+                f"{rows.place(row)} does not have one label for each word",
                 f"{rows.source}: {rows.label}",
                 got=f"{len(words)} words, {count} labels",
             )
@@ -171,7 +171,7 @@ def _unknown(rows: Rows, row: int, label: str, names: list[str]) -> PlmccError:
     otherwise = "name the labels in `id2label` and `label2id` of the model's config.json"
     return error(
         "PLM302",
-        f"row {row + 1} has a label that the model does not know",
+        f"{rows.place(row)} has a label that the model does not know",
         f"{rows.source}: {rows.label}",
         got=repr(label),
         allowed=listing(names),

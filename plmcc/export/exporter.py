@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plmcc.api import Hard
 from plmcc.artifact.environment import versions
 from plmcc.diagnostics import error
 from plmcc.export.encoder import check_encoder, write_encoder
 from plmcc.export.int8 import quantize
-from plmcc.export.manifest import Manifest, is_export
+from plmcc.export.manifest import MANIFEST, Manifest, is_export
 from plmcc.export.proof import prove, record
 from plmcc.export.targets import NEEDED, check_target
 from plmcc.export.translation import check_programs, write_translation
 from plmcc.inference.generate import translates
 from plmcc.models.source import folder_digests, load_source
-from plmcc.utils.files import check_outside, replace_directory
+from plmcc.utils.files import check_outside, is_occupied, output_place, replace_directory
 
 
 def export_directory(
@@ -73,7 +74,7 @@ def export_model(
         to: "aoti", "onnx" or "executorch"; aoti makes programs for the model's own device.
         num_beams: translation: the most beams that can be asked for.
         overwrite: replace an earlier export.
-        int8: round linear layers, by torchao (aoti) or onnxruntime (onnx); the model is changed.
+        int8: quantize linear layers, by torchao (aoti) or onnxruntime (onnx); the model is changed.
         base: the directory that the model was loaded from.
 
     Raises:
@@ -82,9 +83,10 @@ def export_model(
     """
     check_export(model, to)
     _check_int8(int8, to)
+    target = output_place(target)
     _check_target(target, overwrite)
     try:
-        with replace_directory(target) as draft:
+        with replace_directory(target, MANIFEST) as draft:
             name = target.name
             return _write(model.eval(), tokenizer, draft, to, num_beams, int8, name, base)
     except OSError as problem:
@@ -129,7 +131,8 @@ def _write(
     name: str,
     base: Path | None,
 ) -> Manifest:
-    rough = model.dtype is not torch.float32
+    coarse = any(isinstance(part, Hard) and part.rounds_inputs for part in model.modules())
+    rough = model.dtype is not torch.float32 or coarse
     _move(model, to)
     encoder = not translates(model)
     if encoder:
@@ -162,7 +165,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         hint = "choose another directory"
         raise error("PLM501", "the output directory is a file", str(target), hint=hint)
-    if target.exists() and any(target.iterdir()):
+    if is_occupied(target):
         ours = is_export(target)
         if not (overwrite and ours):
             message = "the output directory exists" + ("" if ours else " and contains no export")

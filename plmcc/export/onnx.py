@@ -1,4 +1,4 @@
-"""An encoder as one ONNX file for onnxruntime, by transformers' exporter (extra `onnx`)."""
+"""An encoder as an ONNX file for onnxruntime, by transformers' exporter (extra `onnx`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from plmcc.export.decompositions import Decomposed, quiet
 from plmcc.utils.types import Values
 
+_LARGEST = 1_900_000_000
+"""Bytes of tensors that go into the file itself: protobuf ends at 2 GiB."""
+
 
 class _Onnx(OnnxExporter, Decomposed):
     """To an ONNX graph."""
@@ -21,15 +24,15 @@ class _Onnx(OnnxExporter, Decomposed):
 def write_onnx(
     module: nn.Module, inputs: dict[str, Tensor], shapes: Values, file: Path, int8: bool
 ) -> None:
-    """Write a module as one ONNX file.
+    """Write a module as an ONNX file, with the tensors of a large one in a second file beside it.
 
     Args:
         module: called with `inputs` by name, returns a dictionary of tensors.
         inputs: an example.
         shapes: the free dimensions of each input, as `torch.export` takes them.
         file: where it goes.
-        int8: round the weights of linear layers, by output, and activations as they come
-            (onnxruntime's dynamic quantization).
+        int8: quantize the weights of linear layers by output channel, and activations as they
+            come (onnxruntime's dynamic quantization).
     """
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes)
     exporter: Any = _Onnx  # made for models, and for parts of them
@@ -40,16 +43,21 @@ def write_onnx(
         for port in (*program.graph.inputs, *program.graph.outputs):
             sizes = (names.get(str(size), size) for size in port.shape.dims)
             port.shape = type(port.shape)(list(sizes))
-        importlib.import_module("onnx_ir").save(program, file)
+        large = sum(value.nbytes for value in module.state_dict().values()) > _LARGEST
+        beside = f"{file.name}.data" if large else None
+        importlib.import_module("onnx_ir").save(program, file, external_data=beside)
         if int8:
-            _round(file)
+            _quantize(file, large)
 
 
-def _round(file: Path) -> None:
+def _quantize(file: Path, large: bool) -> None:
     quantization = importlib.import_module("onnxruntime.quantization")
-    rounded = file.with_suffix(".int8")
+    made = file.with_suffix(".int8")
     # Without VNNI instructions, sums of pairs of 8-bit products saturate: an output was off by 0.39
     # of its scale on such a processor. Weights of 7 bits are right on every one.
     options = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
-    quantization.quantize_dynamic(file, rounded, reduce_range=True, **options)
-    rounded.replace(file)
+    options |= {"use_external_data_format": large}
+    quantization.quantize_dynamic(file, made, reduce_range=True, **options)
+    made.replace(file)  # a second file keeps its name: the first one says where it is
+    if large:
+        file.with_name(f"{file.name}.data").unlink()

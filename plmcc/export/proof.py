@@ -88,7 +88,7 @@ def prove(folder: Path, rough: bool) -> Manifest:
 
     Args:
         folder: a complete export.
-        rough: linear layers were rounded, or the model's numbers are.
+        rough: linear layers, or what they are called with, are quantized, or the model has 16 bits.
 
     Raises:
         PlmccError: the program does not run there, or computes something else than the model.

@@ -49,6 +49,9 @@ class Hard(nn.Module):
     """
 
     layout: Layout
+    rounds_inputs: bool = False
+    """Whether it quantizes what it is called with. Its outputs then jump where inputs hardly
+    differ, and an exported program is compared with a wider tolerance."""
 
     @property
     def shares(self) -> Mapping[str, str]:

@@ -55,6 +55,9 @@ class Source:
     """Whether the weights are random: then nothing is compared with them."""
     retokenized: bool = False
     """Whether `tokenizer` is another than the one in `folder`."""
+    in_float32: frozenset[str] | None = None
+    """Where float16 weights are trained in float32: the tensors that were float32 before. All
+    others are saved in float16 again."""
     keep_code: bool = False
     """Whether Python files of `folder` come along; they are never run."""
 
@@ -145,6 +148,8 @@ def load_source(
         placed.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer(name, folder)
     _check_tokens(model, tokenizer, str(name))
+    if "id2label" in options:
+        notes += (f"its head is new, with the labels {listing(list(options['label2id']))}",)
     tokenizer, padded = _agreeing(model, tokenizer, chosen)
     notes += (padded,) if padded else ()
     pooling = _pooling(folder, tokenizer) if chosen in EMBEDDING else Pooling()

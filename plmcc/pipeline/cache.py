@@ -33,7 +33,7 @@ from plmcc.report.charts import SiteChart
 from plmcc.report.provenance import code_digest, model_digest, rows_digest
 from plmcc.training import checkpoints
 from plmcc.training.loop import TrainingData
-from plmcc.utils.files import remove_drafts, replace_directory, write_json
+from plmcc.utils.files import STAGES, remove_drafts, replace_directory, workplace, write_json
 from plmcc.utils.types import Values
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class StageCache:
 
 def folder_of(output: Path) -> Path:
     """Return where the stages of a run with this output are kept."""
-    return output.parent / f".{output.name}.stages"
+    place = workplace(output)
+    return place / (STAGES if place == output else f".{output.name}.stages")
 
 
 def prepare(output: Path, resume: bool, overwrite: bool) -> None:
@@ -122,7 +123,7 @@ def prepare(output: Path, resume: bool, overwrite: bool) -> None:
         PlmccError: an earlier run has left its work, and nothing says what to do with its work.
     """
     folder = folder_of(output)
-    remove_drafts(output.parent, output.name)
+    remove_drafts(workplace(output), output.name)
     remove_drafts(folder, "*")
     if resume or not folder.exists():
         return
@@ -146,7 +147,7 @@ def tidy(folder: Path) -> None:
 
 def finish(folder: Path, recipe: Recipe) -> None:
     """Clean up when the artifact is there: a single stage is nothing that it does not hold."""
-    if len(recipe.steps()) == 1:
+    if len(recipe.steps()) == 1 or folder.name == STAGES:  # there it would be in the artifact
         shutil.rmtree(folder, ignore_errors=True)
         return
     for left in folder.glob("*.training"):

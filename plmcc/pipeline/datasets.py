@@ -303,7 +303,7 @@ def infer_label_space(recipe: Recipe, base: Path | None) -> Values | None:
             if rows.label is None:
                 return {"num_labels": 2}
             if task == "text-classification":
-                return _numbered({str(value) for value in rows.labels()})
+                return _named({str(value) for value in rows.labels()})
             return _named({name for row in named_labels(rows) for name in row})
     return None
 

@@ -23,7 +23,7 @@ from plmcc.models.other_files import copy_other_files
 from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import Recipe
 from plmcc.report.documents import write_documents
-from plmcc.utils.files import replace_directory
+from plmcc.utils.files import is_occupied, output_place, replace_directory, workplace
 
 if TYPE_CHECKING:
     from plmcc.report.result import Result
@@ -38,11 +38,12 @@ def free(target: Path, overwrite: bool) -> Path:
     Raises:
         PlmccError: it holds something that must not be replaced, or cannot be written.
     """
+    target = output_place(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise error(
             "PLM501", "the output directory is a file", str(target), hint="choose another directory"
         )
-    if target.exists() and any(target.iterdir()):
+    if is_occupied(target):
         if not overwrite:
             hint = "add --overwrite, or choose another directory"
             raise error("PLM501", "the output directory exists", str(target), hint=hint)
@@ -56,7 +57,7 @@ def free(target: Path, overwrite: bool) -> Path:
             )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=".plmcc-", dir=target.parent)).rmdir()
+        Path(tempfile.mkdtemp(prefix=".plmcc-", dir=workplace(target))).rmdir()
     except OSError as problem:
         raise error(
             "PLM501", f"the output directory cannot be written: {problem.strerror}", str(target)

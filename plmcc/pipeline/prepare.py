@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from plmcc.api import Pass
 from plmcc.catalog import registry as catalog
@@ -86,13 +87,32 @@ def _preparing(recipe: Recipe) -> list[tuple[int, int, Pass]]:
     return found
 
 
+def is_widened(recipe: Recipe, model: PreTrainedModel) -> bool:
+    """Whether float16 weights are trained: in float32, since gradients need its range."""
+    return model.dtype is torch.float16 and any(s.train for s in recipe.steps())
+
+
 def widen(recipe: Recipe, source: Source) -> Source:
-    """Cast float16 weights that are trained to float32: gradients need its range."""
-    if source.model.dtype is not torch.float16 or not any(s.train for s in recipe.steps()):
+    """Cast float16 weights that are trained to float32; `narrow` takes it back."""
+    if not is_widened(recipe, source.model):
         return source
+    state = source.model.state_dict().items()
+    kept = frozenset(name for name, value in state if value.dtype is torch.float32)
     source.model.float()
-    note = "its float16 weights are trained, and saved, in float32"
-    return replace(source, notes=(*source.notes, note))
+    note = "its float16 weights are trained in float32 and saved in float16"
+    return replace(source, in_float32=kept, notes=(*source.notes, note))
+
+
+def narrow(model: PreTrainedModel, in_float32: frozenset[str] | None) -> None:
+    """Cast the tensors of a widened model to float16, but for some; other models stay as they are.
+
+    Buffers that no file holds, such as frequencies of rotary positions, keep their precision.
+    """
+    if in_float32 is None:
+        return
+    for name, value in model.state_dict(keep_vars=True).items():
+        if value.dtype is torch.float32 and name not in in_float32:
+            value.data = value.data.half()
 
 
 def check_lower(recipe: Recipe, source: Source) -> None:

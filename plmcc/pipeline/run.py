@@ -18,7 +18,7 @@ from plmcc.pipeline.cache import StageCache, stage_keys
 from plmcc.pipeline.datasets import StageData, load_data
 from plmcc.pipeline.expected import Expected, check_made, expected_sites
 from plmcc.pipeline.judge import Judge
-from plmcc.pipeline.prepare import CHECKS, prepare, retokenizes, widen
+from plmcc.pipeline.prepare import CHECKS, narrow, prepare, retokenizes, widen
 from plmcc.pipeline.stage import match_stage, run_stage, timed
 from plmcc.pipeline.trial import try_out
 from plmcc.pipeline.verifier import Dump
@@ -86,8 +86,12 @@ def run(
     _run_stages(
         recipe, matched, expected, data, result, cache, has_cache, schedule_steps, log, dump
     )
+    narrow(result.model, source.in_float32)
     _finish(recipe, result, sizes)
+    if source.in_float32 is not None:
+        result.model.float()  # processors compute slowly in float16; the values stay
     _judge(judge, result, baseline, original, dry, log)
+    narrow(result.model, source.in_float32)
     return result
 
 

@@ -25,7 +25,7 @@ from plmcc.models.new import new_source
 from plmcc.models.source import Source, load_source
 from plmcc.pipeline.datasets import infer_label_space
 from plmcc.pipeline.expected import UNKNOWN, PlannedSite, carry_out
-from plmcc.pipeline.prepare import CHECKS, prepare, prepares, widen
+from plmcc.pipeline.prepare import CHECKS, is_widened, prepare, prepares
 from plmcc.pipeline.trial import try_out
 from plmcc.planning.cost import Cost, cost
 from plmcc.planning.deploy import Target, targets
@@ -148,7 +148,8 @@ def plan(
         str(model.dtype).removeprefix("torch."),
         cost(model, run=not brief),
     )
-    source = widen(recipe, source)
+    if is_widened(recipe, model):
+        made.notes.append("its float16 weights are trained in float32 and saved in float16")
     original = sum(component_bytes(model).values())
     untouched = copy.deepcopy(model)
     for check in CHECKS:
@@ -164,7 +165,8 @@ def plan(
         memory = after = None
         if not made.problems:
             if stage.train is not None and not brief:
-                memory = training_memory(model, stage, stage.train, extra, original)
+                wide = copy.deepcopy(model).float() if is_widened(recipe, model) else model
+                memory = training_memory(wide, stage, stage.train, extra, original)
             after = cost(model, named=made.before.components, run=not brief)
         made.stages.append(StagePlan(stage.name, tuple(rules), memory, after))
         if made.problems:
@@ -177,6 +179,9 @@ def plan(
         with _problems_of(made):
             try_out(recipe, untouched)
     made.notes[:0] = source.notes
+    last = made.stages[-1].after if made.stages else None
+    if last is not None and last.bytes > made.before.bytes:
+        made.notes.append("the result is larger than the original")
     made.targets = [] if made.problems else targets(model, rewritten)
     made.seconds = round(time.perf_counter() - start, 3)
     return made

@@ -264,6 +264,10 @@ class Train(Node):
         if others:
             message = f"`tokens_per_batch` cannot be combined with `{others[0]}`"
             raise invalid("PLM108", message, "tokens_per_batch", hint="keep one of them")
+        for name in ("max_steps", "num_train_epochs"):
+            if self.arguments.get(name) == 0:
+                message = f"a training with `{name}: 0` changes nothing"
+                raise invalid("PLM108", message, "arguments", name, hint="remove `train`")
         return self
 
 

@@ -17,6 +17,7 @@ from plmcc.ir.modules import output_depth
 from plmcc.recipe.load import Distill
 from plmcc.utils.types import Values
 
+_LABELED = ("text-classification", token_classification.TASK)
 _SPANS = ("start_logits", "end_logits")
 """What models of extractive question answering return: two distributions over the tokens."""
 
@@ -39,6 +40,7 @@ class Distillation:
         self.teacher, self.pooling, self.settings = teacher.eval(), pooling, settings
         self.task = task
         self._check_inputs(model)
+        self.order = self._label_order(model) if settings.logits else None
         states = bool(settings.hidden_states or settings.pooled)
         self.needs: Values = {"output_hidden_states": True} if states else {}
         self.task_weight = 1.0 if settings.task is None else settings.task
@@ -65,6 +67,25 @@ class Distillation:
                 "train.distill.logits",
                 hint="use `pooled` and `hidden_states`",
             )
+
+    def _label_order(self, model: PreTrainedModel) -> list[int] | None:
+        """Where the teacher has each label of a classifier, by its name; None for the same order.
+
+        Raises:
+            PlmccError: the labels are others.
+        """
+        if self.task not in _LABELED:
+            return None
+        mine, theirs = (_labels(part) for part in (model, self.teacher))
+        if mine == theirs or (len(mine) == len(theirs) and _is_numbered(mine, theirs)):
+            return None
+        if set(mine) != set(theirs) or len(mine) != len(theirs):
+            given, allowed = ", ".join(theirs), ", ".join(mine)
+            message = "the teacher has other labels than the model"
+            hint = "choose a teacher with the model's labels, or name them alike in `id2label`"
+            where = "train.distill.teacher"
+            raise error("PLM303", message, where, got=given, allowed=allowed, hint=hint)
+        return [theirs.index(name) for name in mine]
 
     def _check_inputs(self, model: PreTrainedModel) -> None:
         """The teacher is given the student's token ids."""
@@ -161,12 +182,23 @@ class Distillation:
             raise error(
                 "PLM303", "student and teacher have different logits", "train.distill", got=given
             )
+        teacher = teacher if self.order is None else teacher[..., self.order]
         warm = self.settings.temperature
         log_s, log_t = (F.log_softmax(x.float() / warm, -1) for x in (student, teacher))
         divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
         if divergence.dim() == 2:
             return (divergence * mask_BL).sum() / mask_BL.sum().clamp(min=1) * warm**2
         return divergence.mean() * warm**2
+
+
+def _labels(model: PreTrainedModel) -> list[str]:
+    return [str(name) for _, name in sorted((model.config.id2label or {}).items())]
+
+
+def _is_numbered(*labels: list[str]) -> bool:
+    """Whether labels of one are `LABEL_0` and so on: then their order is all there is."""
+    plain = [f"LABEL_{index}" for index in range(len(labels[0]))]
+    return any(names == plain for names in labels)
 
 
 def relative_error(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from pathlib import Path
 from plmcc.diagnostics import did_you_mean, error
 
 UNFINISHED = ".unfinished-"
+STAGES = ".plmcc-stages"
+"""In an output directory that is written in place: the stages of the run."""
 
 
 def write_json(file: Path, values: object) -> None:
@@ -63,31 +65,83 @@ def matching_files(name: str, base: Path | None = None) -> list[Path]:
     raise error("PLM301", "the file does not exist", name, hint=hint)
 
 
+def output_place(path: Path) -> Path:
+    """Return where an output goes: links to directories are followed, and `.` gets its name."""
+    linked = path.is_symlink() and path.is_dir()
+    return path.resolve() if linked or path.name in ("", "..") else path
+
+
+def is_fixed(target: Path) -> bool:
+    """Say whether a directory cannot be replaced by another, so that it is written in place: a
+    mount point, the current directory, or one whose parent is read-only."""
+    if not target.is_dir():
+        return False
+    here = target.resolve() == Path.cwd()
+    return here or os.path.ismount(target) or not os.access(target.parent, os.W_OK)
+
+
+def is_occupied(target: Path) -> bool:
+    """Say whether a directory has entries that are not of an unfinished run."""
+    ours = (f".{target.name}{UNFINISHED}", STAGES)
+    return target.is_dir() and any(not p.name.startswith(ours) for p in target.iterdir())
+
+
+def workplace(target: Path) -> Path:
+    """Return the directory for what precedes an output, on the same file system."""
+    return target if is_fixed(target) else target.parent
+
+
 @contextmanager
-def replace_directory(target: Path) -> Iterator[Path]:
+def replace_directory(target: Path, last: str = "plmcc.lock.json") -> Iterator[Path]:
     """Yield an empty directory beside `target` that takes its name when the block ends well.
 
     A directory that is there is moved aside first and removed last: one of the two always exists.
+    One that cannot be moved (`is_fixed`) gets the new entries one by one.
+
+    Args:
+        target: the directory.
+        last: the entry without which a directory is not complete: it goes first and comes last.
 
     Raises:
         OSError: nothing can be written there.
     """
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}{UNFINISHED}", dir=target.parent))
-    aside = draft.with_name(f"{draft.name}-replaced")
+    place = workplace(target)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}{UNFINISHED}", dir=place))
     try:
         draft.chmod(0o755)
         yield draft
-        if target.exists():
-            target.rename(aside)
-        try:
-            draft.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        if place == target:
+            _refill(target, draft, last)
+        else:
+            _swap(target, draft)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(target: Path, draft: Path) -> None:
+    aside = draft.with_name(f"{draft.name}-replaced")
+    if target.exists():
+        target.rename(aside)
+    try:
+        draft.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refill(target: Path, draft: Path, last: str) -> None:
+    (target / last).unlink(missing_ok=True)
+    for old in target.iterdir():
+        if old == draft or old.name == STAGES:
+            continue
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+    for new in sorted(draft.iterdir(), key=lambda one: one.name == last):
+        new.rename(target / new.name)
 
 
 @contextmanager

@@ -26,6 +26,8 @@ Table = npt.NDArray[np.float32]
 _CHUNK = 1 << 20
 _SHOWN = 5  # broken lines that are told of one by one
 _WORDS = (".words", ".vocab", ".txt")
+_ODD = 10_000
+"""How many times the median of the rows' largest values a row may have."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Lines:
     """What stands behind a word."""
     words: dict[str, int] = field(default_factory=dict)
     """The row of each word."""
+    lines: list[int] = field(default_factory=list)
+    """The line of each word."""
     skipped: list[str] = field(default_factory=list)
 
     def refuse(self, number: int, message: str) -> None:
@@ -74,6 +78,7 @@ class Lines:
             self.refuse(number, problem)
             return False
         self.words[word] = len(self.words)
+        self.lines.append(number)
         return True
 
     def check_count(self, count: int, number: int) -> None:
@@ -126,7 +131,23 @@ def read(
             table = _text(state)
     if not state.words:
         raise error("PLM301", "the file contains no word vectors", str(file))
-    return list(state.words), table[: len(state.words)], state.notes()
+    names, rows = _usual(state, table[: len(state.words)])
+    return names, rows, state.notes()
+
+
+def _usual(state: Lines, table: Table) -> tuple[list[str], Table]:
+    """Leave out, or refuse, rows that are larger than others by orders of magnitude: one of them
+    decides what every pass makes of all the others."""
+    names, largest_V = list(state.words), np.abs(table).max(axis=1, initial=0.0)
+    known = largest_V[largest_V > 0]
+    odd_V = largest_V > _ODD * float(np.median(known)) if len(known) else largest_V > 0
+    if not odd_V.any():
+        return names, table
+    for index in np.flatnonzero(odd_V):
+        value = f"{largest_V[index]:.3g}, {_ODD:,} times what is usual in this file or more"
+        message = f"`{names[index][:40]}` has a value of {value}"
+        state.refuse(state.lines[index], message)
+    return [name for name, odd in zip(names, odd_V, strict=True) if not odd], table[~odd_V]
 
 
 def kind_of(file: Path) -> str:
@@ -160,7 +181,7 @@ def _text(state: Lines) -> Table:
     with open_file(state.file) as stream:
         first = stream.readline().removeprefix(BOM_UTF8).rstrip()
         header = header_of(first)
-        width = header[1] if header else len(first.split(b" ")) - 1
+        width = header[1] if header else len(_spaced(first).split(b" ")) - 1
         count = header[0] if header else 1 + _line_count(stream)
     if width < 1 and state.file.stat().st_size == 0:
         raise error("PLM301", "the file is empty", str(state.file))
@@ -175,7 +196,8 @@ def _text(state: Lines) -> Table:
         )
     if header and count * width > 1e11:
         raise error("PLM301", f"the header claims {count} x {width} numbers", f"{state.file}:1")
-    table = np.empty((min(count, rows_at_most(state.file, width)), width), dtype=np.float32)
+    rows = max(1, min(count, rows_at_most(state.file, width)))
+    table = np.empty((rows, width), dtype=np.float32)
     with open_file(state.file) as stream:
         number = 0
         for number, line in enumerate(stream, 1):
@@ -216,7 +238,7 @@ def _line_count(stream: IO[bytes]) -> int:
 
 def _split(line: bytes, width: int) -> tuple[bytes, Table | None]:
     """Split a line from its end: a word may hold spaces."""
-    raw, *numbers = line.rstrip(b" \r\n").rsplit(b" ", width)
+    raw, *numbers = _spaced(line).rstrip(b" \r\n").rsplit(b" ", width)
     try:
         with np.errstate(over="ignore"):  # an infinite value is refused with its line
             row = np.array(numbers, dtype=np.float32) if numbers else np.empty(0, np.float32)
@@ -227,6 +249,12 @@ def _split(line: bytes, width: int) -> tuple[bytes, Table | None]:
         row = np.empty(width + len(extra) - 1, np.float32)  # too many numbers, not a word of many
         raw = extra[0]
     return raw.lstrip(), row
+
+
+def _spaced(line: bytes) -> bytes:
+    """A line whose word and numbers are separated by tabs, with spaces between the numbers."""
+    word, tab, numbers = line.partition(b"\t")
+    return word + b" " + b" ".join(numbers.split()) if tab else line
 
 
 def is_number(text: str | bytes) -> bool:
@@ -295,7 +323,7 @@ def _arrays(file: Path, words: Path | None, state: Lines) -> Table:
 
 def _names(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
-        for line in stream:
-            text = line.rstrip(b"\r\n")
+        for number, line in enumerate(stream):
+            text = (line.removeprefix(BOM_UTF8) if number == 0 else line).rstrip(b"\r\n")
             head, _, tail = text.replace(b"\t", b" ").rpartition(b" ")
             yield head if head and tail.isdigit() else text

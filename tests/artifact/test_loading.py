@@ -16,6 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 import plmcc
 from plmcc.artifact.verify import first_output
 from plmcc.ir.probes import probe_inputs
+from plmcc.models.source import Source
+from plmcc.pipeline.expected import on_meta
+from plmcc.planning.plan import plan
 from plmcc.recipe.load import parse_recipe
 from plmcc.utils.numerics import relative_difference
 
@@ -74,18 +77,16 @@ def original(family: str) -> PreTrainedModel:
     name, options = FAMILIES[family]
     kind = getattr(transformers, name)
     torch.manual_seed(3)
-    model: PreTrainedModel = kind(kind.config_class(**options)).eval()
-    return model
+    model: Any = kind(kind.config_class(**options))
+    model.eval()
+    return model  # type: ignore[no-any-return]
 
 
 @functools.cache
 def refusal(family: str, entry: str) -> str:
     """Why the pass refuses the family when it matches; empty if it does not."""
-    from plmcc.models.source import Source
-    from plmcc.planning.plan import plan
-
     recipe = parse_recipe(f"plmcc: 1\npasses: [{entry}]\n", load_torch=True)
-    made = plan(recipe, Source.of(original(family).to("meta")))
+    made = plan(recipe, Source.of(on_meta(original(family))))
     return made.problems[0].message if made.problems else ""
 
 
@@ -143,8 +144,9 @@ def test_the_same_model_comes_back(
     way: Callable[[Path, Any], Any], artifact: tuple[Path, PreTrainedModel]
 ) -> None:
     folder, model = artifact
-    found = way(folder, type(model))
-    assert found.config.model_type == type(model).config_class.model_type
+    kind: Any = type(model)
+    found = way(folder, kind)
+    assert found.config.model_type == kind.config_class.model_type
     same(found, model)
 
 
@@ -166,7 +168,8 @@ def test_a_dense_model_takes_no_tensor_of_it(artifact: tuple[Path, PreTrainedMod
         "int8" in str(m) or "codes" in str(m) for m in config.quantization_config["modules"]
     ):
         pytest.skip("a pass that leaves ordinary layers")
-    dense = type(model)(type(model).config_class(**FAMILIES_OF[type(model).__name__]))
+    kind: Any = type(model)
+    dense = kind(kind.config_class(**FAMILIES_OF[kind.__name__]))
     with pytest.raises(RuntimeError, match=r"size mismatch|Missing key"):
         dense.load_state_dict(load_file(folder / "model.safetensors"))
 

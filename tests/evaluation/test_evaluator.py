@@ -112,7 +112,7 @@ def test_a_label_that_is_no_number_is_said_with_its_row(
 ) -> None:
     (tmp_path / "rows.csv").write_text("label,text_a,text_b\n1,w1,w2\nalike,w3,w4\n")
     with pytest.raises(
-        PlmccError, match=r"PLM302: the label of row 2 is not a number(.|\n)*'alike'"
+        PlmccError, match=r"PLM302: the label of line 3 is not a number(.|\n)*'alike'"
     ):
         evaluator.compute("spearman", load_rows(str(tmp_path / "rows.csv")))
 

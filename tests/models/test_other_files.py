@@ -29,10 +29,14 @@ CODES = CompositionalCodes(codebooks=8, codewords=16, initialization="product")
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10 w11 w12"]
 
 
+def bert() -> Any:
+    return tiny("bert").base_model
+
+
 def encoder(folder: Path, *later: Any, **settings: Any) -> Path:
     """A tiny BERT as a SentenceTransformer."""
     base = folder.with_name("base")
-    tiny("bert").base_model.save_pretrained(base)
+    bert().save_pretrained(base)
     words().save_pretrained(base)
     inner = SentenceTransformer(str(base), device="cpu")[0]
     SentenceTransformer(modules=[inner, *later], device="cpu", **settings).save_pretrained(
@@ -44,7 +48,8 @@ def encoder(folder: Path, *later: Any, **settings: Any) -> Path:
 
 def lossless() -> Any:
     """A pass that changes no output: it prunes nothing, and stores the layers as sparse."""
-    return catalog.load("movement_pruning")(method="magnitude", density=1.0, storage="bitmask")
+    kind: Any = catalog.load("movement_pruning")
+    return kind(method="magnitude", density=1.0, storage="bitmask")
 
 
 def pairs(folder: Path) -> Path:
@@ -136,7 +141,7 @@ def test_code_of_the_model_in_its_modules_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_cross_encoder_gives_the_same_scores(tmp_path: Path) -> None:
-    tiny("bert").base_model.save_pretrained(tmp_path / "base")
+    bert().save_pretrained(tmp_path / "base")
     words().save_pretrained(tmp_path / "base")
     CrossEncoder(str(tmp_path / "base"), num_labels=1).save_pretrained(str(tmp_path / "model"))
     given = [("w1 w2", "w3"), ("w4", "w5 w6")]
@@ -148,7 +153,7 @@ def test_a_cross_encoder_gives_the_same_scores(tmp_path: Path) -> None:
 
 def plain(folder: Path) -> Path:
     """A tiny BERT with its tokenizer."""
-    tiny("bert").base_model.save_pretrained(folder)
+    bert().save_pretrained(folder)
     words().save_pretrained(folder)
     return folder
 

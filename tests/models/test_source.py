@@ -324,15 +324,9 @@ def test_positions_are_those_of_the_table(kind: str, options: dict[str, Any]) ->
 
 
 def test_a_classifier_without_padding_gets_the_same_in_model_and_tokenizer(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(
-        vocab_size=99,
-        n_embd=32,
-        n_layer=1,
-        n_head=2,
-        n_positions=40,
-        num_labels=3,
-        pad_token_id=None,
-    )
+    sizes: dict[str, Any] = {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    sizes |= {"n_positions": 40, "num_labels": 3, "pad_token_id": None}
+    config = transformers.GPT2Config(**sizes)
     transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
     words(pad=False).save_pretrained(tmp_path / "model")
     rows = tmp_path / "rows.csv"

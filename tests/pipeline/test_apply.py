@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 
 import plmcc
 from plmcc.artifact.size import file_bytes
+from plmcc.artifact.verify import prove
 from plmcc.models.source import load_source
 from plmcc.passes.compositional_codes import CompositionalCodes
 from plmcc.recipe.load import load_recipe
@@ -276,3 +277,64 @@ def test_recipes_are_objects_too(model: Path, tmp_path: Path) -> None:
     assert result.folder == tmp_path / "out"
     assert len(result.records) == 1
     assert result.training["tune"]
+
+
+def stopped(*_: object) -> None:
+    raise RuntimeError("stopped")
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_current_directory_is_written_in_place(
+    model: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(here)
+        done = run_here(capsys, "apply", recipe, model, "-o", ".")
+        assert done.returncode == 0, done.stderr
+        again = run_here(capsys, "apply", recipe, model, "-o", ".")
+        assert "the output directory exists" in again.stderr
+        over = run_here(capsys, "apply", recipe, model, "-o", ".", "--overwrite")
+        assert over.returncode == 0, over.stderr
+    assert prove(here).unknown == []
+    assert contents(tmp_path) == {"here", recipe.name}
+    assert not [name for name in contents(here) if name.startswith(".")]
+
+
+def test_a_link_to_a_directory_is_followed(model: Path, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    plmcc.apply(load_recipe(recipe, load_torch=True), model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert prove(tmp_path / "real").unknown == []
+
+
+def test_a_mount_point_is_written_in_place_and_resumed(
+    model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "volume"
+    target.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if target in (self, Path(to)):
+            raise OSError(16, "Device or resource busy")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    loaded = load_recipe(recipe, load_torch=True)
+    with pytest.MonkeyPatch.context() as failing:
+        failing.setattr("plmcc.pipeline.compiler.write", stopped)
+        with pytest.raises(RuntimeError, match="stopped"):
+            plmcc.apply(loaded, model, target)
+    assert contents(target) == {".plmcc-stages"}
+    said: list[str] = []
+    plmcc.apply(loaded, model, target, resume=True, log=said.append)
+    assert any("finished in an earlier run" in line for line in said)
+    assert prove(target).unknown == []
+    assert contents(tmp_path) == {"volume", recipe.name}

@@ -162,6 +162,8 @@ MISTAKES = [
     train("arguments: {learning_rate: §fast}", "PLM103", "a number"),
     train("arguments: {bf16: §yes}", "PLM103", "write true"),
     train("arguments: {max_steps: §1e3}", "PLM103", "write 1000"),
+    train("arguments: {max_steps: §0}", "PLM108", "remove `train`"),
+    train("arguments: {num_train_epochs: §0}", "PLM108", "remove `train`"),
     train("arguments: {eval_strategy: §epochs}", "PLM105", "did you mean `epoch`?"),
     train("arguments: §[]", "PLM103", "a mapping"),
     # evaluation and lowering

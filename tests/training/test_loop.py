@@ -29,7 +29,7 @@ from plmcc.passes.compositional_codes import CompositionalCodes
 from plmcc.recipe.load import Synthetic
 from plmcc.recipe.training_arguments import checkpoints_activations
 from plmcc.rewrite import Replacement
-from plmcc.training.distillation import relative_error
+from plmcc.training.distillation import Distillation, relative_error
 from plmcc.training.loop import TrainingData, train
 from support.tiny_models import VOCAB, tiny
 from support.tokenizers import words
@@ -301,7 +301,29 @@ def test_logits_of_another_shape() -> None:
     teacher = transformers.BertForSequenceClassification(config(num_labels=3))
     given = training_data("text-classification", teacher=teacher)
     found = refused(classifier(), settings(distill=Distill(logits=1.0)), given, [])
-    assert (found.code, found.got) == ("PLM303", "(8, 2) and (8, 3)")
+    assert (found.code, found.got) == ("PLM303", "LABEL_0, LABEL_1, LABEL_2")
+    assert found.allowed == "LABEL_0, LABEL_1"
+
+
+def test_labels_of_a_teacher_are_matched_by_name() -> None:
+    """The same function with its classes in another order: there is nothing to learn."""
+    torch.manual_seed(0)
+    names = {0: "bad", 1: "good", 2: "neutral"}
+    student: Any = transformers.BertForSequenceClassification(config(num_labels=3, id2label=names))
+    teacher = copy.deepcopy(student)
+    order = [2, 0, 1]
+    teacher.config.id2label = {i: names[j] for i, j in enumerate(order)}
+    teacher.classifier.weight.data = student.classifier.weight.data[order]
+    teacher.classifier.bias.data = student.classifier.bias.data[order]
+    chosen = Distill(logits=1.0)
+    distill = Distillation(student, teacher, chosen, Pooling(), "text-classification")
+    batch = {"input_ids": torch.randint(5, 90, (4, 6)), "attention_mask": torch.ones(4, 6)}
+    with torch.no_grad():
+        outputs = [m.eval()(**batch) for m in (student, teacher)]
+        assert float(distill.loss(batch, *outputs)) < 1e-6
+    teacher.config.id2label = {0: "bad", 1: "fine", 2: "neutral"}
+    with pytest.raises(PlmccError, match=r"other labels(.|\n)*got: bad, fine, neutral"):
+        Distillation(student, teacher, chosen, Pooling(), "text-classification")
 
 
 # --- what moves
@@ -669,7 +691,7 @@ def test_unlabeled_pairs_are_separate_rows(tmp_path: Path) -> None:
 def test_labels_outside_the_range_name_the_row(tmp_path: Path, label: object) -> None:
     values = [0, 1, label, 1]
     rows = [{"text": "w1 w2", "label": str(v) if isinstance(label, str) else v} for v in values]
-    with pytest.raises(PlmccError, match="row 3") as caught:
+    with pytest.raises(PlmccError, match="line 3") as caught:
         encode(rows_of(tmp_path, rows), "text-classification", words(), 32, 2)
     (found,) = caught.value.diagnostics
     assert (found.code, found.allowed) == ("PLM302", "whole numbers 0 to 1")
@@ -683,7 +705,7 @@ def test_similarity_labels_are_numbers(tmp_path: Path) -> None:
 
 def test_missing_labels_name_the_row(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [{"text": "w1", "label": 1}, {"text": "w2", "label": None}])
-    with pytest.raises(PlmccError, match="row 2 has no label"):
+    with pytest.raises(PlmccError, match="line 2 has no label"):
         encode(rows, "text-classification", words(), 32, 2)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from plmcc.cli import main
+from plmcc.diagnostics import PlmccError
 from plmcc.vectors.load import load
 from support.tiny_models import tiny
 from support.tokenizers import words
@@ -167,3 +168,40 @@ def test_a_rank_above_break_even_is_a_warning_with_the_number(
     assert f"warning: embeddings: {told}" in printed
     assert json.loads(Path("out/report.json").read_text())["sites"][0]["warning"] == told
     assert len(load("out")) == V
+
+
+def test_a_header_of_no_words_is_refused_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "zero.vec"
+    file.write_text("0 3\na 1 2 3\nb 3 2 1\n")
+    with pytest.raises(PlmccError, match="the header announces 0 words, but there are 2"):
+        load(file)
+    assert len(load(file, broken="skip")) == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_a_word(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.eye(3, dtype=np.float32))
+    (tmp_path / "v.words").write_text("\ufeffa\nb\nc\n", encoding="utf-8")
+    assert list(load(tmp_path / "v.npy").index_to_key) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("text", ["a\t1\t2\t3\nnew york\t3\t2\t1\n", "a\t1 2 3\nnew york\t3 2 1\n"])
+@pytest.mark.parametrize("header", ["", "2 3\n", "2\t3\n"])
+def test_tabs_separate_too(text: str, header: str, tmp_path: Path) -> None:
+    file = tmp_path / "tabs.txt"
+    file.write_text(header + text)
+    found = load(file)
+    assert list(found.index_to_key) == ["a", "new york"]
+    assert found["new york"].tolist() == [3, 2, 1]
+
+
+def test_one_absurd_row_is_refused_or_left_out(given: Path) -> None:
+    file = given / "vectors.txt"
+    lines = file.read_text().splitlines()
+    lines[4] = "w4 " + " ".join(["1e10"] * D)
+    file.write_text("\n".join(lines))
+    with pytest.raises(PlmccError, match=r"vectors.txt:5.*`w4` has a value of 1e\+10"):
+        load(file)
+    found = load(file, broken="skip")
+    assert len(found) == V - 1
+    assert "w4" not in found.index_to_key
+    assert any("`w4` has a value of 1e+10" in note for note in found.notes)
