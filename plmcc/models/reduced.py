@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,12 +44,15 @@ _HEADS = (
 _HEAD_COUNT = 4
 
 
-def reduced_configs(model: PreTrainedModel, least: int = 1) -> Iterator[PreTrainedConfig]:
+def reduced_configs(
+    model: PreTrainedModel, least: int = 1, most: float = math.inf
+) -> Iterator[PreTrainedConfig]:
     """Yield configs of reduced copies of a model, the smallest first, the last one as deep as it.
 
     Args:
         model: may be on the meta device.
         least: how many layers a copy has at least.
+        most: how many parameters it has at most.
     """
     stacks = set(stack_depths(model).values())
     deepest = max(stacks, default=1)
@@ -59,11 +63,13 @@ def reduced_configs(model: PreTrainedModel, least: int = 1) -> Iterator[PreTrain
             whole = outline(config, type(model), {}, "the reduced copy")
         except PlmccError:  # other entries depend on the number of layers
             continue
-        if sum(p.numel() for p in whole.parameters()) > _LARGE:
+        count = sum(p.numel() for p in whole.parameters())
+        if count > _LARGE:
             small = _narrowed(config)
-            if _works(small, model):
+            if _works(small, model, most):
                 yield small
-        yield config
+        if count <= most:
+            yield config
 
 
 def _shortened(config: PreTrainedConfig, stacks: set[int], depth: int) -> PreTrainedConfig:
@@ -85,20 +91,24 @@ def _narrowed(config: PreTrainedConfig) -> PreTrainedConfig:
     small = copy.deepcopy(config)
     known = small.to_dict()
     heads = next((known[name] for name in _HEADS if known.get(name)), _HEAD_COUNT)
-    values: dict[str, int] = dict(_WIDTHS) | dict.fromkeys(_HEADS, _HEAD_COUNT)
     ratio = heads // (known.get("num_key_value_heads") or heads)
-    values["num_key_value_heads"] = max(1, _HEAD_COUNT // ratio)
+    shared = max(2, _HEAD_COUNT // ratio)  # of one, none can be removed
+    values: dict[str, int] = dict(_WIDTHS) | dict.fromkeys(_HEADS, shared * ratio)
+    values["num_key_value_heads"] = shared
     for name, value in values.items():
         if isinstance(known.get(name), int):
             setattr(small, name, min(known[name], value))
     return small
 
 
-def _works(config: PreTrainedConfig, model: PreTrainedModel) -> bool:
-    """Whether the sizes fit together: the model is built, and runs, on the meta device."""
+def _works(config: PreTrainedConfig, model: PreTrainedModel, most: float) -> bool:
+    """Whether the sizes fit together, so that a model is built and runs."""
     try:
         built = outline(config, type(model), {}, "the reduced copy")
-        first_output(built, probe_inputs(built))
+        if sum(p.numel() for p in built.parameters()) > most:
+            return False
+        made = drawn(model, config, 0)
+        first_output(made, probe_inputs(made))
     except Exception:  # whatever an architecture makes of sizes that do not fit
         return False
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from transformers import PreTrainedModel
@@ -25,11 +26,14 @@ from plmcc.pipeline.prepare import prepares
 from plmcc.pipeline.verifier import ties_of, verify_program
 from plmcc.recipe.load import Recipe
 from plmcc.utils.numerics import relative_difference
+from plmcc.utils.terminal import hushed
 from plmcc.utils.text import first_line
 
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-_KEPT = 8_000_000
+_MOST = 20_000_000
 """Parameters of the largest copy that is tried."""
+_TRIES = 8
+"""Copies that are made until the rules match one."""
 
 
 def try_out(recipe: Recipe, model: PreTrainedModel) -> None:
@@ -49,11 +53,8 @@ def try_out(recipe: Recipe, model: PreTrainedModel) -> None:
         return
     state = torch.random.get_rng_state()
     try:
-        for config in reduced_configs(model):
-            copied = drawn(model, config, recipe.seed)
-            if sum(p.numel() for p in copied.parameters()) > _KEPT:
-                return
-            if _tried(recipe, copied):
+        for config in islice(reduced_configs(model, most=_MOST), _TRIES):
+            if _tried(recipe, drawn(model, config, recipe.seed)):
                 return
     finally:
         torch.random.set_rng_state(state)
@@ -112,7 +113,7 @@ def _rewritten(
         check_cache(model, inputs)
     artifact.adopt(model, records)
     expected = first_output(model, inputs)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, hushed():
         model.save_pretrained(folder)
         again: PreTrainedModel = type(model).from_pretrained(folder).eval()
     difference = relative_difference(first_output(again, inputs), expected)

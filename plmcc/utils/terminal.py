@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import datasets
 import transformers
@@ -19,6 +21,20 @@ def calm() -> None:
     warnings.filterwarnings("ignore", module=r"torch\..*|transformers\..*|accelerate\..*")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Let transformers print nothing: neither warnings nor progress bars."""
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def console() -> Console:

@@ -249,7 +249,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_rewriting(
 
 
 def test_a_training_without_a_step_is_an_error(rows: Path, tmp_path: Path) -> None:
-    settings = train(rows).model_copy(update={"arguments": {"num_train_epochs": 0}})
+    settings = train(rows).model_copy(update={"arguments": {"num_train_epochs": 1e-9}})
     recipe = plmcc.Recipe(passes=[CODES], train=settings)
     with pytest.raises(plmcc.PlmccError, match="no step"):
         plmcc.apply(recipe, saved("bert", tmp_path / "bert"), tmp_path / "out")
