@@ -83,8 +83,7 @@ def export_model(
     """
     check_export(model, to)
     _check_int8(int8, to)
-    target = output_place(target)
-    _check_target(target, overwrite)
+    target = _free(output_place(target), overwrite)
     try:
         with replace_directory(target, MANIFEST) as draft:
             name = target.name
@@ -161,7 +160,7 @@ def _write(
     return prove(folder, rough or int8) if encoder else manifest
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def _free(target: Path, overwrite: bool) -> Path:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         hint = "choose another directory"
         raise error("PLM501", "the output directory is a file", str(target), hint=hint)
@@ -176,3 +175,4 @@ def _check_target(target: Path, overwrite: bool) -> None:
             )
             raise error("PLM501", message, str(target), hint=hint)
     target.parent.mkdir(parents=True, exist_ok=True)
+    return target

@@ -50,7 +50,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return run_module("support.no_network", arguments, timeout=timeout)
+    return run_module("pipeline.no_network", arguments, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
