@@ -42,7 +42,7 @@ def load_questions(
     limit: int | None = None,
     base: Path | None = None,
 ) -> Rows:
-    """Read questions, contexts and answers: JSON of SQuAD v1.1, or a table.
+    """Read questions, contexts and answers: JSON of SQuAD 1.1 or 2.0, or a table.
 
     Args:
         source: as for `load_rows`.
@@ -131,7 +131,7 @@ def _part(node: object, key: str, kind: type, location: str) -> Any:
     value = node.get(key) if isinstance(node, dict) else None
     if not isinstance(value, kind):
         form = "data: [{paragraphs: [{context, qas: [{question, answers}]}]}]"
-        message = f"this is not SQuAD v1.1: the key `{key}` is missing"
+        message = f"this is not SQuAD: the key `{key}` is missing"
         raise error("PLM301", message, location, allowed=form)
     return value
 
@@ -171,9 +171,9 @@ def _listed(rows: Rows, row: int, value: Any) -> list[Answer]:
             got=repr(value)[:80],
             allowed="{text: [...], answer_start: [...]}",
         ) from None
-    if not found or not found[0].text.strip():
-        hint = "remove questions without an answer"
-        raise error("PLM302", "a question has no answer", _locate_in(rows, row), hint=hint)
+    if any(not answer.text.strip() for answer in found):
+        hint = "a question without an answer has empty lists"
+        raise error("PLM302", "an answer is empty", _locate_in(rows, row), hint=hint)
     return found
 
 
@@ -187,8 +187,9 @@ def encode_questions(
 ) -> Dataset:
     """Return the model's inputs, with `start_positions` and `end_positions` of answers, if any.
 
-    The first answer of each question counts. A window that does not hold all of it points to the
-    token that stands for the whole input, as in the scripts of BERT.
+    The first answer of each question counts. A window that does not hold all of it, and a question
+    without an answer (SQuAD 2.0), point to the token that stands for the whole input, as in the
+    scripts of BERT.
 
     Raises:
         PlmccError: an answer is not in its context, or the windows leave no room for it.
@@ -196,12 +197,8 @@ def encode_questions(
     inputs, made = question_windows(rows, tokenizer, max_length, stride)
     columns: Values = dict(inputs)
     if rows.label is not None:
-        firsts, special = _checked(rows), tokenizer.cls_token_id
-        pairs = [
-            _positions(window, firsts[window.row])
-            or (ids.index(special) if special in ids else 0,) * 2
-            for window, ids in zip(made, inputs["input_ids"], strict=True)
-        ]
+        firsts = _checked(rows)
+        pairs = [_positions(w, firsts[w.row]) or (w.whole, w.whole) for w in made]
         columns["start_positions"] = [first for first, _ in pairs]
         columns["end_positions"] = [last for _, last in pairs]
     return Dataset.from_dict(columns)
@@ -242,11 +239,15 @@ def _cut(texts: list[str], tokenizer: PreTrainedTokenizerBase, longest: int) -> 
     return [t if len(span) <= longest else t[: span[longest - 1][1]] for t, span in pairs]
 
 
-def _checked(rows: Rows) -> list[Answer]:
-    """Return the first answers, without spaces around them."""
-    found = []
+def _checked(rows: Rows) -> list[Answer | None]:
+    """Return the first answers, without spaces around them; None where there is none."""
+    found: list[Answer | None] = []
     pairs = zip(rows.texts(1), answers_of(rows), strict=True)
-    for row, (context, (answer, *_)) in enumerate(pairs):
+    for row, (context, answers) in enumerate(pairs):
+        if not answers:
+            found.append(None)
+            continue
+        answer = answers[0]
         there = context[max(0, answer.start) :][: len(answer.text)]
         if there != answer.text or answer.start < 0:
             raise _mismatch(rows, row, answer, there)
@@ -268,8 +269,10 @@ def _mismatch(rows: Rows, row: int, answer: Answer, there: str) -> PlmccError:
     )
 
 
-def _positions(window: Window, answer: Answer) -> tuple[int, int] | None:
+def _positions(window: Window, answer: Answer | None) -> tuple[int, int] | None:
     """Return the first and last token of an answer; None if the window does not hold all of it."""
+    if answer is None:
+        return None
     spans_N2, end = window.spans_N2, answer.start + len(answer.text)
     if not len(spans_N2) or spans_N2[0, 0] > answer.start or spans_N2[-1, 1] < end:
         return None
@@ -283,9 +286,13 @@ def best_answers(
 ) -> list[str]:
     """Return the text of the best span of each question, over all windows of its context.
 
+    Where some questions have no answer (SQuAD 2.0), the text is empty if the lowest score of "no
+    answer" over the windows is above that of the span, as in the scripts of BERT.
+
     `outputs` are, batch by batch, the places of windows in `made` and what the model returns.
     """
     contexts, best = rows.texts(1), [(float("-inf"), "")] * len(rows)
+    none = [float("inf")] * len(rows)
     for order, output in outputs:
         batch = [made[index] for index in order]
         found = best_spans(output["start_logits"], output["end_logits"], batch)
@@ -294,7 +301,12 @@ def best_answers(
                 span = window.spans_N2[[first - window.begin, last - window.begin]]
                 text = contexts[window.row][span[0, 0] : span[1, 1]].strip()
                 best[window.row] = (score, text)
-    return [text for _, text in best]
+        for index, window in enumerate(batch):
+            logits = (output[name][index, window.whole] for name in ("start_logits", "end_logits"))
+            none[window.row] = min(none[window.row], float(sum(logits)))
+    if not (rows.label is not None and any(not given for given in answers_of(rows))):
+        return [text for _, text in best]
+    return ["" if n > score else text for n, (score, text) in zip(none, best, strict=True)]
 
 
 def best_spans(
@@ -321,10 +333,10 @@ def best_spans(
 
 def squad(metric: str, found: Sequence[str], truths: Sequence[Sequence[str]]) -> float:
     """Return the mean over questions of `exact_match` or `f1` with the answer that fits best, as
-    SQuAD's own script computes it, in 0..1."""
+    SQuAD's own scripts (1.1 and 2.0) compute it, in 0..1; without an answer, nothing is right."""
     measure = _exact if metric == "exact_match" else _f1
     pairs = zip(found, truths, strict=True)
-    scores = [max(measure(normalized(f), normalized(t)) for t in true) for f, true in pairs]
+    scores = [max(measure(normalized(f), normalized(t)) for t in true or [""]) for f, true in pairs]
     return sum(scores) / len(scores)
 
 
@@ -341,5 +353,7 @@ def _exact(found: str, truth: str) -> float:
 def _f1(found: str, truth: str) -> float:
     """Harmonic mean of precision and recall over words."""
     one, two = found.split(), truth.split()
+    if not one or not two:
+        return float(one == two)
     same = sum((Counter(one) & Counter(two)).values())
     return 2 * same / (len(one) + len(two)) if same else 0.0

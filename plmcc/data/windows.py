@@ -26,6 +26,8 @@ class Window:
     row: int
     begin: int
     spans_N2: NDArray[np.int64]
+    whole: int = 0
+    """Where the token is that stands for the whole input: the answer to a question without one."""
 
 
 def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
@@ -64,6 +66,7 @@ def windows(
     """
     inputs: Inputs = {}
     made: list[Window] = []
+    special = tokenizer.cls_token_id
     for start in range(0, len(texts), _CHUNK):
         part = slice(start, start + _CHUNK)
         pairs = [list(texts[part])] if questions is None else [questions[part], list(texts[part])]
@@ -81,7 +84,9 @@ def windows(
             inside = [i for i, text in enumerate(encoded.sequence_ids(index)) if text == wanted]
             begin = inside[0] if inside else 0
             kept = np.array(span[begin : begin + len(inside)], dtype=np.int64).reshape(-1, 2)
-            made.append(Window(start + row, begin, kept))
+            ids = encoded["input_ids"][index]
+            whole = ids.index(special) if special in ids else 0
+            made.append(Window(start + row, begin, kept, whole))
         for name, column in encoded.items():
             inputs.setdefault(name, []).extend(column)
     return inputs, made

@@ -203,11 +203,14 @@ def original(asked: Comparison, recipe: Recipe) -> Compared:
 
 
 def recipe_row(asked: Comparison, name: str, recipe: Recipe) -> Compared:
-    """Apply a recipe in memory, without its `evaluate` and `lower`, and judge the result."""
+    """Apply a recipe in memory, without its `evaluate` and `lower.to`, and judge the result."""
     start = time.perf_counter()
     source = asked.source(recipe)
-    bare = recipe.model_copy(update={"evaluate": [], "lower": None})
-    source = run(bare, source, lambda _: None, asked.base).source
+    lower = recipe.lower
+    quantized = lower is not None and lower.quantize is not None
+    kept = lower.model_copy(update={"to": []}) if lower is not None and quantized else None
+    bare = recipe.model_copy(update={"evaluate": [], "lower": kept})
+    source = run(bare, source, lambda _: None, asked.base, dry=True).source
     passes = ", ".join(_shown(p) for stage in recipe.steps() for p in stage.passes)
     return _row(asked, source, name, "recipe", passes, _taught(recipe), start)
 

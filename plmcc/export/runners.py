@@ -56,7 +56,12 @@ def _onnx(file: Path, names: Sequence[str], wanted: Sequence[str]) -> Run:
     onnxruntime = library("onnxruntime", "onnx", "this", str(file))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    providers = ["CPUExecutionProvider"]
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+    except Exception as problem:  # the library has kinds of its own
+        message = f"a program of the export cannot be loaded: {first_line(problem)}"
+        raise error("PLM402", message, str(file)) from None
     taken = {port.name for port in session.get_inputs()}  # what the graph does not read is gone
 
     def run(inputs: list[Tensor]) -> list[Tensor]:

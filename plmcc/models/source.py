@@ -55,9 +55,10 @@ class Source:
     """Whether the weights are random: then nothing is compared with them."""
     retokenized: bool = False
     """Whether `tokenizer` is another than the one in `folder`."""
-    in_float32: frozenset[str] | None = None
-    """Where float16 weights are trained in float32: the tensors that were float32 before. All
-    others are saved in float16 again."""
+    stored: torch.dtype | None = None
+    """Where weights of 16 bits are trained in float32: what they are saved in again."""
+    in_float32: frozenset[str] = frozenset()
+    """The tensors that were float32 before all the same."""
     keep_code: bool = False
     """Whether Python files of `folder` come along; they are never run."""
 

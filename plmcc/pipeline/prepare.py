@@ -87,32 +87,37 @@ def _preparing(recipe: Recipe) -> list[tuple[int, int, Pass]]:
     return found
 
 
-def is_widened(recipe: Recipe, model: PreTrainedModel) -> bool:
-    """Whether float16 weights are trained: in float32, since gradients need its range."""
-    return model.dtype is torch.float16 and any(s.train for s in recipe.steps())
+def widened_note(recipe: Recipe, model: PreTrainedModel) -> str:
+    """Say that weights of 16 bits are trained, which happens in float32: gradients need its range,
+    and small steps its precision. Empty if they are not."""
+    trained = [stage.train.trainable for stage in recipe.steps() if stage.train]
+    # What only the passes put in is small, and bfloat16 has the range: no copy of all the rest.
+    half = model.dtype is torch.float16 and trained
+    if not half and not (model.dtype is torch.bfloat16 and set(trained) - {"passes"}):
+        return ""
+    name = str(model.dtype).removeprefix("torch.")
+    return f"its {name} weights are trained in float32 and saved in {name}"
 
 
 def widen(recipe: Recipe, source: Source) -> Source:
-    """Cast float16 weights that are trained to float32; `narrow` takes it back."""
-    if not is_widened(recipe, source.model):
+    """Cast weights of 16 bits that are trained to float32; `narrow` takes it back."""
+    note = widened_note(recipe, source.model)
+    if not note:
         return source
-    state = source.model.state_dict().items()
+    state, stored = source.model.state_dict().items(), source.model.dtype
     kept = frozenset(name for name, value in state if value.dtype is torch.float32)
     source.model.float()
-    note = "its float16 weights are trained in float32 and saved in float16"
-    return replace(source, in_float32=kept, notes=(*source.notes, note))
+    return replace(source, stored=stored, in_float32=kept, notes=(*source.notes, note))
 
 
-def narrow(model: PreTrainedModel, in_float32: frozenset[str] | None) -> None:
-    """Cast the tensors of a widened model to float16, but for some; other models stay as they are.
+def narrow(source: Source) -> None:
+    """Cast the tensors of a widened model to what they are saved in.
 
     Buffers that no file holds, such as frequencies of rotary positions, keep their precision.
     """
-    if in_float32 is None:
-        return
-    for name, value in model.state_dict(keep_vars=True).items():
-        if value.dtype is torch.float32 and name not in in_float32:
-            value.data = value.data.half()
+    for name, value in source.model.state_dict(keep_vars=True).items() if source.stored else ():
+        if value.dtype is torch.float32 and name not in source.in_float32:
+            value.data = value.data.to(source.stored)
 
 
 def check_lower(recipe: Recipe, source: Source) -> None:

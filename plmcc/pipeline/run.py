@@ -86,12 +86,12 @@ def run(
     _run_stages(
         recipe, matched, expected, data, result, cache, has_cache, schedule_steps, log, dump
     )
-    narrow(result.model, source.in_float32)
+    narrow(source)
     _finish(recipe, result, sizes)
-    if source.in_float32 is not None:
-        result.model.float()  # processors compute slowly in float16; the values stay
+    if source.stored is not None:
+        result.model.float()  # processors compute slowly in 16 bits; the values stay
     _judge(judge, result, baseline, original, dry, log)
-    narrow(result.model, source.in_float32)
+    narrow(source)
     return result
 
 

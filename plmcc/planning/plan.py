@@ -25,7 +25,7 @@ from plmcc.models.new import new_source
 from plmcc.models.source import Source, load_source
 from plmcc.pipeline.datasets import infer_label_space
 from plmcc.pipeline.expected import UNKNOWN, PlannedSite, carry_out
-from plmcc.pipeline.prepare import CHECKS, is_widened, prepare, prepares
+from plmcc.pipeline.prepare import CHECKS, prepare, prepares, widened_note
 from plmcc.pipeline.trial import try_out
 from plmcc.planning.cost import Cost, cost
 from plmcc.planning.deploy import Target, targets
@@ -148,8 +148,7 @@ def plan(
         str(model.dtype).removeprefix("torch."),
         cost(model, run=not brief),
     )
-    if is_widened(recipe, model):
-        made.notes.append("its float16 weights are trained in float32 and saved in float16")
+    made.notes += filter(None, [widened_note(recipe, model)])
     original = sum(component_bytes(model).values())
     untouched = copy.deepcopy(model)
     for check in CHECKS:
@@ -165,7 +164,7 @@ def plan(
         memory = after = None
         if not made.problems:
             if stage.train is not None and not brief:
-                wide = copy.deepcopy(model).float() if is_widened(recipe, model) else model
+                wide = copy.deepcopy(model).float() if widened_note(recipe, model) else model
                 memory = training_memory(wide, stage, stage.train, extra, original)
             after = cost(model, named=made.before.components, run=not brief)
         made.stages.append(StagePlan(stage.name, tuple(rules), memory, after))

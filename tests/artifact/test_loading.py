@@ -175,3 +175,20 @@ def test_a_dense_model_takes_no_tensor_of_it(artifact: tuple[Path, PreTrainedMod
 
 
 FAMILIES_OF = dict(FAMILIES.values())
+
+
+def test_a_tied_table_works_where_it_is_offloaded(tmp_path: Path) -> None:
+    """The head multiplies by a table that accelerate keeps on disk."""
+    config = transformers.GPT2Config(
+        vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.GPT2LMHeadModel(config).eval()
+    recipe = parse_recipe(f"plmcc: 1\npasses: [{PASSES['codes']}]\n", load_torch=True)
+    plmcc.Pipeline(recipe.passes)(model)
+    model.save_pretrained(tmp_path / "out")
+    ids = torch.arange(5, 12)[None]
+    options = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "off")}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    with torch.no_grad():
+        assert torch.allclose(found(ids).logits, model(ids).logits, atol=1e-6)

@@ -306,7 +306,7 @@ def test_an_answer_elsewhere_is_refused_with_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answers", "fragment"),
     [
-        ({"text": [], "answer_start": []}, "has no answer"),
+        ({"text": [" "], "answer_start": [3]}, "an answer is empty"),
         ({"text": ["Elbe"]}, "have the SQuAD format"),
         ({"text": ["Elbe"], "answer_start": []}, "have the SQuAD format"),
         (None, "row 1 has no label"),
@@ -382,3 +382,43 @@ def test_words_of_other_tasks_are_refused_there(data: Path) -> None:
     train = Train(data=Data(train=str(file)))
     recipe = Recipe(task="text-classification", train=train, evaluate=[metric])
     assert "is a metric of" in refused(plmcc.apply, recipe, data / "base", data / "never")
+
+
+# --- questions without an answer
+
+
+def test_questions_without_an_answer_point_at_the_whole_input(tmp_path: Path) -> None:
+    none: dict[str, list[object]] = {"text": [], "answer_start": []}
+    flat = rows_of(tmp_path, FLAT, changed("answers", none))
+    (tmp_path / "squad.json").write_text(json.dumps(nested(FLAT, changed("answers", none))))
+    for rows in (flat, load_questions(str(tmp_path / "squad.json"))):
+        assert [len(found) for found in answers_of(rows)] == [1, 0]
+        table = encode_questions(rows, MINILM, 128)
+        assert table["start_positions"][1] == table["end_positions"][1] == 0
+        assert table["start_positions"][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("logit", "expected"), [(9.0, ["Dresden", ""]), (3.0, ["Dresden", "Dresden"])]
+)
+def test_no_answer_wins_where_it_scores_more(
+    logit: float, expected: list[str], tmp_path: Path
+) -> None:
+    rows = rows_of(tmp_path, FLAT, changed("answers", {"text": [], "answer_start": []}))
+    inputs, made = question_windows(rows, MINILM, 128)
+    table = encode_questions(rows, MINILM, 128)
+    first, last = table["start_positions"][0], table["end_positions"][0]
+    start, end = torch.zeros(2, 2, len(inputs["input_ids"][0]))
+    start[:, first], end[:, last] = 5.0, 5.0
+    start[1, 0] = end[1, 0] = logit
+    outputs = [([0, 1], {"start_logits": start, "end_logits": end})]
+    assert best_answers(rows, made, outputs) == expected
+    alone = rows_of(tmp_path, FLAT, FLAT)
+    assert best_answers(alone, made, outputs) == ["Dresden", "Dresden"]  # SQuAD 1.1 has one
+
+
+def test_nothing_is_right_where_there_is_no_answer() -> None:
+    truths = [["Dresden"], [], [], ["the Elbe"]]
+    found = ["Dresden", "", "Elbe", ""]
+    assert squad("exact_match", found, truths) == 0.5
+    assert squad("f1", found, truths) == 0.5

@@ -109,7 +109,17 @@ def test_without_rivals_it_needs_no_library(folder: Path) -> None:
         folder, "codes.yaml", "m", "--data", "pairs.tsv", "--no-baselines", "--format", "json"
     )
     assert done.returncode == 0, done.stderr
-    assert [r["kind"] for r in json.loads(done.stdout)["rows"]] == ["original", "recipe"]
+    rows = json.loads(done.stdout)["rows"]
+    assert [r["kind"] for r in rows] == ["original", "recipe"]
+    pytest.importorskip("torchao", reason="the extra `quantize` is not installed")
+    text = (folder / "codes.yaml").read_text()
+    (folder / "int8.yaml").write_text(text + "lower: {quantize: int8, to: [compile]}\n")
+    asked = ["int8.yaml", "m", "--data", "pairs.tsv", "--no-baselines", "--format", "json"]
+    done = run(folder, *asked)
+    assert done.returncode == 0, done.stderr
+    lowered = json.loads(done.stdout)["rows"][1]
+    assert "int8" in lowered["settings"]
+    assert lowered["model_bytes"] < 0.8 * rows[1]["model_bytes"]
 
 
 @pytest.mark.parametrize(

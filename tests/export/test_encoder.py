@@ -270,6 +270,27 @@ def test_int8_by_onnxruntime(artifact: Path, tmp_path: Path) -> None:
     assert found["logits"].shape == (3, 3)
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_tensors_of_a_large_model_go_into_a_second_onnx_file(
+    int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plmcc.export.onnx._LARGEST", 0)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config(num_labels=3)).eval()
+    export.export_model(model, words(), tmp_path / "out", "onnx", int8=int8)
+    [beside] = (tmp_path / "out").glob("*.data")
+    assert beside.stat().st_size > 0
+    values = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert beside.name in values["files"]
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    found = plmcc.Exported(tmp_path / "elsewhere")(**batch(3, 9))
+    assert found["logits"].shape == (3, 3)
+    beside = tmp_path / "elsewhere" / beside.name
+    beside.write_bytes(beside.read_bytes()[:-8])
+    with pytest.raises(PlmccError, match="PLM402"):
+        plmcc.Exported(tmp_path / "elsewhere")
+
+
 def test_executorch_computes_the_models_numbers(artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("executorch", reason="needs the extra `executorch`")
     done = run("export", artifact, "--to", "executorch", "-o", tmp_path / "out")

@@ -353,20 +353,24 @@ def test_statistics_leave_training_as_it_was(method: Any, data: Path) -> None:
     assert torch.equal(*weights)
 
 
-def test_a_float16_model_is_counted_as_it_was_given(data: Path) -> None:
-    """It is trained in float32 and saved in float16."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_16_bits_is_saved_as_it_was_given(dtype: torch.dtype, data: Path) -> None:
+    """It is trained in float32: a step of 1e-5 would be lost in 16 bits."""
     config: Any = tiny("bert").config
-    half = BertForSequenceClassification(config).half()
-    half.save_pretrained(data / "half")
-    words().save_pretrained(data / "half")
+    half = BertForSequenceClassification(config).to(dtype)
+    folder = data / str(dtype)
+    half.save_pretrained(folder)
+    words().save_pretrained(folder)
     given = sum(component_bytes(half).values())
-    train = Train(data=Data(train=str(data / "rows.tsv")), arguments={"max_steps": 1})
+    arguments = {"max_steps": 1}
+    train = Train(data=Data(train=str(data / "rows.tsv")), arguments=arguments)
     recipe = Recipe(passes=[DropLayers(targets="encoder", keep=1)], train=train)
-    result = plmcc.apply(recipe, data / "half", data / "half-out")
-    assert result.model.dtype is torch.float16
-    assert plmcc.load(data / "half-out").dtype is torch.float16
+    result = plmcc.apply(recipe, folder, folder.with_name(f"{folder.name}-out"))
+    assert result.model.dtype is dtype
+    assert plmcc.load(folder.with_name(f"{folder.name}-out")).dtype is dtype
+    assert any("trained in float32" in note for note in result.source.notes)
     assert sum(result.bytes_before.values()) == given
-    made = plan(recipe, str(data / "half"))
+    made = plan(recipe, str(folder))
     assert made.before.bytes == given
     assert made.stages[0].after is not None
     assert made.stages[0].after.bytes == sum(result.bytes_after.values()) < given
