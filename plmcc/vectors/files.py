@@ -138,7 +138,9 @@ def read(
 def _usual(state: Lines, table: Table) -> tuple[list[str], Table]:
     """Leave out, or refuse, rows that are larger than others by orders of magnitude: one of them
     decides what every pass makes of all the others."""
-    names, largest_V = list(state.words), np.abs(table).max(axis=1, initial=0.0)
+    names = list(state.words)
+    # Without a copy of the table.
+    largest_V = np.maximum(table.max(axis=1, initial=0.0), -table.min(axis=1, initial=0.0))
     known = largest_V[largest_V > 0]
     odd_V = largest_V > _ODD * float(np.median(known)) if len(known) else largest_V > 0
     if not odd_V.any():

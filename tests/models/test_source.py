@@ -248,11 +248,10 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_rewriting(
     assert not any("rewriting" in line for line in said)
 
 
-def test_a_training_without_a_step_is_an_error(rows: Path, tmp_path: Path) -> None:
-    settings = train(rows).model_copy(update={"arguments": {"num_train_epochs": 1e-9}})
-    recipe = plmcc.Recipe(passes=[CODES], train=settings)
-    with pytest.raises(plmcc.PlmccError, match="no step"):
-        plmcc.apply(recipe, saved("bert", tmp_path / "bert"), tmp_path / "out")
+@pytest.mark.parametrize("name", ["max_steps", "num_train_epochs"])
+def test_a_training_without_a_step_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}: 0` changes nothing"):
+        plmcc.Train(data=plmcc.Data(train="rows.csv"), arguments={name: 0})
 
 
 def test_rows_without_text_are_counted_and_class_names_understood(tmp_path: Path) -> None:
