@@ -66,7 +66,6 @@ def windows(
     """
     inputs: Inputs = {}
     made: list[Window] = []
-    special = tokenizer.cls_token_id
     for start in range(0, len(texts), _CHUNK):
         part = slice(start, start + _CHUNK)
         pairs = [list(texts[part])] if questions is None else [questions[part], list(texts[part])]
@@ -84,12 +83,15 @@ def windows(
             inside = [i for i, text in enumerate(encoded.sequence_ids(index)) if text == wanted]
             begin = inside[0] if inside else 0
             kept = np.array(span[begin : begin + len(inside)], dtype=np.int64).reshape(-1, 2)
-            ids = encoded["input_ids"][index]
-            whole = ids.index(special) if special in ids else 0
+            whole = _place(tokenizer.cls_token_id, encoded["input_ids"][index])
             made.append(Window(start + row, begin, kept, whole))
         for name, column in encoded.items():
             inputs.setdefault(name, []).extend(column)
     return inputs, made
+
+
+def _place(token: int | None, ids: list[int]) -> int:
+    return ids.index(token) if token in ids else 0
 
 
 def by_length(inputs: Inputs, size: int) -> Iterator[list[int]]:

@@ -357,7 +357,8 @@ def test_statistics_leave_training_as_it_was(method: Any, data: Path) -> None:
 def test_a_model_of_16_bits_is_saved_as_it_was_given(dtype: torch.dtype, data: Path) -> None:
     """It is trained in float32: a step of 1e-5 would be lost in 16 bits."""
     config: Any = tiny("bert").config
-    half = BertForSequenceClassification(config).to(dtype)
+    half: Any = BertForSequenceClassification(config)
+    half.to(dtype)
     folder = data / str(dtype)
     half.save_pretrained(folder)
     words().save_pretrained(folder)
