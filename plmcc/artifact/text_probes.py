@@ -41,7 +41,10 @@ Embed = Callable[[list[str]], Tensor]
 
 
 def record(
-    folder: Path, tokenizer: PreTrainedTokenizerBase | None, embed: Embed | None = None
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    embed: Embed | None = None,
+    original: Path | None = None,
 ) -> None:
     """Write what tokenizer and model in memory make of some texts into an artifact.
 
@@ -49,11 +52,13 @@ def record(
         folder: the artifact.
         tokenizer: of the model; None writes nothing.
         embed: for a model of sentence-transformers, its vectors of texts.
+        original: the directory of the original, whose processor may need what is not installed.
     """
     if tokenizer is None:
         return
     texts = _readable(tokenizer)
     values: Values = {"texts": texts, "ids": _ids(tokenizer, texts)}
+    values["processor"] = original is not None and _has_processor(original)
     if embed is not None:
         values["vectors"] = embed(texts).tolist()
     (folder / FILE).write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -86,29 +91,45 @@ def check(folder: Path, bound: float = 1e-4) -> list[str]:
     """
     if not (folder / FILE).is_file():
         return []
-    values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    texts, ids, expected_ND, processor = _stored(folder / FILE)
     tokenizer = _loaded(AutoTokenizer, folder, "the tokenizer")
     done = ["token ids"]
-    found = _ids(tokenizer, values["texts"])
-    for text, mine, expected in zip(values["texts"], found, values["ids"], strict=True):
+    for text, mine, expected in zip(texts, _ids(tokenizer, texts), ids, strict=True):
         if mine != expected:
             message = f"the tokenizer of the artifact gives other ids to {text!r}"
             given, allowed = str(mine[:8]), str(expected[:8])
             raise error("PLM402", message, str(folder), got=given, allowed=allowed)
-    if any((folder / name).is_file() for name in _PROCESSORS):
+    if processor:
         _loaded(AutoProcessor, folder, "the processor")
         done.append("processor")
     if (folder / "generation_config.json").is_file():
         _loaded(GenerationConfig, folder, "generation_config.json")
-    if "vectors" in values and find_spec("sentence_transformers") is not None:
-        expected_ND = torch.tensor(values["vectors"])
-        difference = relative_difference(_vectors(folder, values["texts"]), expected_ND)
+    if expected_ND is not None and find_spec("sentence_transformers") is not None:
+        difference = relative_difference(_vectors(folder, texts), expected_ND)
         if not difference <= bound:
             message = "sentence-transformers gives other vectors than the model in memory"
             given = f"a difference of {difference:.3g} of their scale"
             raise error("PLM402", message, str(folder), got=given, allowed=f"at most {bound:g}")
         done.append("sentence vectors")
     return done
+
+
+def _stored(file: Path) -> tuple[list[str], list[list[int]], Tensor | None, bool]:
+    """Texts, their ids and vectors, and whether there is a processor.
+
+    Raises:
+        PlmccError: the file holds something else.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        texts, ids = [str(text) for text in values["texts"]], list(values["ids"])
+        vectors = torch.tensor(values["vectors"]) if "vectors" in values else None
+        if len(texts) != len(ids):
+            raise ValueError(f"{len(texts)} texts, {len(ids)} lists of ids")
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        message = f"the recorded texts cannot be read: {first_line(problem)}"
+        raise error("PLM402", message, str(file)) from None
+    return texts, ids, vectors, bool(values.get("processor"))
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -121,6 +142,17 @@ def _readable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             continue
         found.append(text)
     return found
+
+
+def _has_processor(folder: Path) -> bool:
+    """Whether a directory has a processor that can be loaded here."""
+    if not any((folder / name).is_file() for name in _PROCESSORS):
+        return False
+    try:
+        _loaded(AutoProcessor, folder, "the processor")
+    except PlmccError:
+        return False
+    return True
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -105,7 +105,8 @@ def save(result: Result, folder: Path) -> None:
     device = result.model.device
     model.to("cpu")  # where the fresh process will compute them
     record(result.model, folder)
-    text_probes.record(folder, source.tokenizer, _embed(source, result.model, folder))
+    embed = _embed(source, result.model, folder)
+    text_probes.record(folder, source.tokenizer, embed, source.folder)
     model.to(device)
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -253,6 +253,13 @@ def test_another_tokenizer_in_the_artifact_is_found(tmp_path: Path) -> None:
 
     with pytest.raises(plmcc.PlmccError, match="gives other ids"):
         text_probes.check(tmp_path / "out")
+    probes = tmp_path / "out" / text_probes.FILE
+    kept = probes.read_text()
+    for broken in ("{", "[]", '{"texts": ["a"], "ids": []}', '{"texts": 3}'):
+        probes.write_text(broken)
+        with pytest.raises(plmcc.PlmccError, match="PLM402: the recorded texts cannot be read"):
+            text_probes.check(tmp_path / "out")
+    probes.write_text(kept)
     file.unlink()
     (tmp_path / "out/tokenizer_config.json").unlink()
     with pytest.raises(plmcc.PlmccError, match="the tokenizer of the artifact"):
