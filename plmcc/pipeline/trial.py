@@ -25,6 +25,7 @@ from plmcc.models.reduced import drawn, reduced_configs
 from plmcc.pipeline.prepare import prepares
 from plmcc.pipeline.verifier import ties_of, verify_program
 from plmcc.recipe.load import Recipe
+from plmcc.training import distributed
 from plmcc.utils.numerics import relative_difference
 from plmcc.utils.terminal import hushed
 from plmcc.utils.text import first_line
@@ -112,6 +113,8 @@ def _rewritten(
     if cached:
         check_cache(model, inputs)
     artifact.adopt(model, records)
+    if not distributed.is_main_process():
+        return records  # transformers saves in one process only
     expected = first_output(model, inputs)
     with tempfile.TemporaryDirectory() as folder, hushed():
         model.save_pretrained(folder)
