@@ -336,7 +336,10 @@ def squad(metric: str, found: Sequence[str], truths: Sequence[Sequence[str]]) ->
     SQuAD's own scripts (1.1 and 2.0) compute it, in 0..1; without an answer, nothing is right."""
     measure = _exact if metric == "exact_match" else _f1
     pairs = zip(found, truths, strict=True)
-    scores = [max(measure(normalized(f), normalized(t)) for t in true or [""]) for f, true in pairs]
+    scores = [
+        max(measure(normalized(f), normalized(t)) for t in true) if true else float(not f.strip())
+        for f, true in pairs
+    ]
     return sum(scores) / len(scores)
 
 
@@ -353,7 +356,5 @@ def _exact(found: str, truth: str) -> float:
 def _f1(found: str, truth: str) -> float:
     """Harmonic mean of precision and recall over words."""
     one, two = found.split(), truth.split()
-    if not one or not two:
-        return float(one == two)
     same = sum((Counter(one) & Counter(two)).values())
     return 2 * same / (len(one) + len(two)) if same else 0.0
