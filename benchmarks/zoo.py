@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import platform
 import signal
 import subprocess
 import sys
@@ -325,12 +326,21 @@ def main() -> None:
             if name not in finished:
                 write({"type": name, "pass": "", "verdict": "not built", "reason": "it crashed"})
         print(f"{start + len(part)} of {len(left)}", summary(lines())["verdicts"], flush=True)
+        report()
+
+
+def report() -> None:
+    """Write the counts of what is there, and every line that is neither right nor a refusal."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     values = {
         "command": "python benchmarks/zoo.py",
         "commit": commit.stdout.strip(),
+        "seed": 0,
+        "machine": f"{platform.machine()}, 1 thread",
+        "types_tried": len({line["type"] for line in lines()}),
+        "types_known": len(types()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         **summary(lines()),
         "lines": [line for line in lines() if line["verdict"] not in ("right", "refused")],

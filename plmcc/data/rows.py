@@ -163,12 +163,13 @@ def load_rows(
 
 
 def _first_line(source: str | Sequence[str], base: Path | None, rows: int) -> int:
-    """Return the line of the first row of a file in which every row is a line; else 0."""
+    """Return the line of the first row of a file in which every row is a line; else 0: a text with
+    line breaks, or an empty line, moves the rows after it."""
     files = data_files(source, base)
     if len(files) != 1 or files[0].suffix == ".gz":
         return 0
     with files[0].open("rb") as stream:
-        lines = sum(1 for line in stream if line.strip(b"\r\n"))
+        lines = sum(1 for _ in stream)
     header = _kind(files[0]) in (".csv", ".tsv")
     return 1 + header if lines == rows + header else 0
 

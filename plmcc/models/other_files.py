@@ -38,6 +38,10 @@ WEIGHTS = (
     ".index.json",
 )
 """How the names of files end that hold weights, or say where they are."""
+_OWN = ("model", "pytorch_model", "tf_model", "flax_model", "rust_model", "probes.")
+"""How the names of the model's own weights begin, and of an artifact's probes."""
+_OF_MODULES = (".safetensors", ".bin")
+"""What sentence-transformers loads the weights of a module from."""
 _PICKLED = (".pkl", ".pickle", ".joblib", ".dill")
 _CODE = (".py", ".pyc", ".so", ".ipynb")
 _ANEW = (
@@ -106,12 +110,13 @@ def other_files(
         if len(inner.parts) == 1 and path.name in anew:
             continue
         reason = _why_left(path, code)
-        if reason == _OTHER_WEIGHTS and str(inner.parent) in modules:
-            reason = ""
-        if reason == _OTHER_WEIGHTS and len(inner.parts) == 1:
-            continue  # the model's own, which the artifact replaces
+        weights, alone = reason == _OTHER_WEIGHTS, len(inner.parts) == 1
+        if weights and str(inner.parent) in modules:
+            reason = "" if path.suffix in _OF_MODULES else _PICKLED_REASON
+        elif weights and alone and path.name.startswith(_OWN):
+            continue  # the model's, which the artifact replaces
         if reason:
-            left[f"{top}/" if reason == _OTHER_WEIGHTS else str(inner)] = reason
+            left[f"{top}/" if reason == _OTHER_WEIGHTS and not alone else str(inner)] = reason
         else:
             copied.append(inner)
     kept = [inner for inner in copied if f"{inner.parts[0]}/" not in left]
@@ -119,13 +124,14 @@ def other_files(
 
 
 _OTHER_WEIGHTS = "weights of the original in another format"
+_PICKLED_REASON = "pickled objects, which an artifact must not hold"
 
 
 def _why_left(path: Path, code: bool) -> str:
     if path.name.endswith(WEIGHTS):
         return _OTHER_WEIGHTS
     if path.suffix in _PICKLED:
-        return "pickled objects, which an artifact must not hold"
+        return _PICKLED_REASON
     if path.suffix in _CODE and not (code and path.suffix == ".py"):
         return "code, which is kept with `--keep-code` only"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,35 +45,74 @@ _HEADS = (
 _HEAD_COUNT = 4
 
 
-def reduced_configs(
-    model: PreTrainedModel, least: int = 1, most: float = math.inf
-) -> Iterator[PreTrainedConfig]:
-    """Yield configs of reduced copies of a model, the smallest first, the last one as deep as it.
+@dataclass(frozen=True)
+class Reducible:
+    """What reduced copies of a model are made from: it may be changed meanwhile."""
 
-    Args:
-        model: may be on the meta device.
-        least: how many layers a copy has at least.
-        most: how many parameters it has at most.
-    """
-    stacks = set(stack_depths(model).values())
-    deepest = max(stacks, default=1)
-    depths = [d for d in _DEPTHS if least <= d < deepest] + [deepest]
-    for depth in depths:
-        config = _shortened(model.config, stacks, depth)
-        try:
-            whole = outline(config, type(model), {}, "the reduced copy")
-        except PlmccError:  # other entries depend on the number of layers
-            continue
-        count = sum(p.numel() for p in whole.parameters())
-        if count > _LARGE:
-            small = _narrowed(config)
-            if _works(small, model, most):
+    kind: type[PreTrainedModel]
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    depths: frozenset[int]
+    """Numbers of layers of its stacks."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Reducible:
+        """Take it from a model, which may be on the meta device."""
+        depths = frozenset(stack_depths(model).values())
+        return cls(type(model), copy.deepcopy(model.config), model.dtype, depths)
+
+    def configs(
+        self, least: int = 1, most: float = math.inf, *, run: bool = True
+    ) -> Iterator[PreTrainedConfig]:
+        """Yield configs of reduced copies, the smallest first, the last one as deep as the model.
+
+        Args:
+            least: how many layers a copy has at least.
+            most: how many parameters it has at most.
+            run: leave out those with small widths that cannot be run.
+        """
+        deepest = max(self.depths, default=1)
+        for depth in [*(d for d in _DEPTHS if least <= d < deepest), deepest]:
+            config = _shortened(self.config, self.depths, depth)
+            count = self._count(config)
+            small = _narrowed(config) if _LARGE < count < math.inf else None
+            if (
+                small is not None
+                and self._count(small) <= most
+                and not (run and self._fails(small))
+            ):
                 yield small
-        if count <= most:
-            yield config
+            if count <= most and count < math.inf:
+                yield config
+
+    def drawn(self, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+        """Return a copy with random weights, on the CPU."""
+        set_seed(seed)
+        build: Any = self.kind
+        made: PreTrainedModel = build._from_config(copy.deepcopy(config), dtype=self.dtype)
+        made.train(False)
+        if made.dtype is torch.float16:  # processors compute little in it
+            made.float()
+        return made
+
+    def _count(self, config: PreTrainedConfig) -> float:
+        """The parameters of a copy; infinity where its sizes do not fit together."""
+        try:
+            built = outline(config, self.kind, {}, "the reduced copy")
+        except PlmccError:  # other entries depend on the number of layers, say
+            return math.inf
+        return sum(p.numel() for p in built.parameters())
+
+    def _fails(self, config: PreTrainedConfig) -> bool:
+        try:
+            made = self.drawn(config, 0)
+            first_output(made, probe_inputs(made))
+        except Exception:  # whatever an architecture makes of sizes that do not fit
+            return True
+        return False
 
 
-def _shortened(config: PreTrainedConfig, stacks: set[int], depth: int) -> PreTrainedConfig:
+def _shortened(config: PreTrainedConfig, stacks: frozenset[int], depth: int) -> PreTrainedConfig:
     """Return a config with at most `depth` layers in every stack."""
     short = copy.deepcopy(config)
     for part in {id(c): c for c in (short, short.get_text_config())}.values():
@@ -99,27 +139,3 @@ def _narrowed(config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(known.get(name), int):
             setattr(small, name, min(known[name], value))
     return small
-
-
-def _works(config: PreTrainedConfig, model: PreTrainedModel, most: float) -> bool:
-    """Whether the sizes fit together, so that a model is built and runs."""
-    try:
-        built = outline(config, type(model), {}, "the reduced copy")
-        if sum(p.numel() for p in built.parameters()) > most:
-            return False
-        made = drawn(model, config, 0)
-        first_output(made, probe_inputs(made))
-    except Exception:  # whatever an architecture makes of sizes that do not fit
-        return False
-    return True
-
-
-def drawn(model: PreTrainedModel, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """Return a model of the class of another, with another config and random weights."""
-    set_seed(seed)
-    build: Any = type(model)
-    made: PreTrainedModel = build._from_config(copy.deepcopy(config), dtype=model.dtype)
-    made.train(False)
-    if made.dtype is torch.float16:  # processors compute little in it
-        made.float()
-    return made

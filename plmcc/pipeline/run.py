@@ -13,6 +13,7 @@ from plmcc.artifact.size import Inventory, component_bytes
 from plmcc.artifact.verify import check_cache, same_with_cache
 from plmcc.catalog import registry as catalog
 from plmcc.ir.probes import probe_inputs
+from plmcc.models.reduced import Reducible
 from plmcc.models.source import Source
 from plmcc.pipeline.cache import StageCache, stage_keys
 from plmcc.pipeline.datasets import StageData, load_data
@@ -75,7 +76,7 @@ def run(
     check_calibrated(recipe)
     has_cache = same_with_cache(source.model, probe_inputs(source.model))
     expected = expected_sites(recipe, source.model)
-    try_out(recipe, source.model)
+    try_out(recipe, Reducible.of(source.model))
     _announce(recipe, source, matched, has_cache, log)
     original = _original(recipe, source)
     data = data.with_teachers(original)

@@ -22,6 +22,7 @@ from plmcc.diagnostics import Diagnostic, Location, PlmccError, error
 from plmcc.ir.calibration import CalibrationData
 from plmcc.ir.program import Program
 from plmcc.models.new import new_source
+from plmcc.models.reduced import Reducible
 from plmcc.models.source import Source, load_source
 from plmcc.pipeline.datasets import infer_label_space
 from plmcc.pipeline.expected import UNKNOWN, PlannedSite, carry_out
@@ -150,7 +151,7 @@ def plan(
     )
     made.notes += filter(None, [widened_note(recipe, model)])
     original = sum(component_bytes(model).values())
-    untouched = copy.deepcopy(model)
+    untouched = Reducible.of(model)  # before rules change it
     for check in CHECKS:
         with _problems_of(made):
             check(recipe, source)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from plmcc.diagnostics import error
-from plmcc.models.reduced import drawn, reduced_configs
+from plmcc.models.reduced import Reducible
 from plmcc.models.source import Source, outline
 from plmcc.planning.plan import Plan, plan
 from plmcc.recipe.load import Recipe
@@ -36,12 +36,13 @@ def reduced_copy(recipe: Recipe, source: Source, base: Any = None) -> tuple[Sour
             source.name,
         )
     made: Plan | None = None
-    for config in reduced_configs(source.model, _least(recipe)):
+    original = Reducible.of(source.model)
+    for config in original.configs(_least(recipe)):
         model = outline(config, type(source.model), {}, source.name)
         trial = replace(source, model=model, tokenizer=copy.deepcopy(source.tokenizer))
         made = plan(recipe, trial, base, brief=True)
         if not made.problems:
-            reduced = replace(source, model=drawn(source.model, config, recipe.seed), scratch=False)
+            reduced = replace(source, model=original.drawn(config, recipe.seed), scratch=False)
             return reduced, made
     assert made is not None
     return source, made

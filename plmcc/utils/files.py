@@ -132,16 +132,25 @@ def _swap(target: Path, draft: Path) -> None:
 
 
 def _refill(target: Path, draft: Path, last: str) -> None:
+    """Replace the files that an earlier result says it has; others may be the user's."""
+    names = _listed(target / last)
     (target / last).unlink(missing_ok=True)
-    for old in target.iterdir():
-        if old == draft or old.name == STAGES:
-            continue
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
+    for name in names:
+        (target / name).unlink(missing_ok=True)
     for new in sorted(draft.iterdir(), key=lambda one: one.name == last):
-        new.rename(target / new.name)
+        old = target / new.name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)  # of the earlier result: a new one has a directory of that name too
+        new.rename(old)
+
+
+def _listed(file: Path) -> list[str]:
+    """The files inside its directory that a lock, or the manifest of an export, names."""
+    try:
+        names = [str(name) for name in json.loads(file.read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
 
 
 @contextmanager

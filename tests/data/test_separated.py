@@ -60,6 +60,14 @@ def test_what_cannot_be_meant_is_refused_with_its_line(case: str, tmp_path: Path
         load_rows(str(tmp_path / name))
 
 
+def test_a_line_is_not_named_where_rows_are_no_lines(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    for text in ("text,label\nw1,good\n\nw2,Good\n", 'text,label\n"w1\nw3",good\nw2,Good\n'):
+        file.write_text(text)
+        with pytest.raises(PlmccError, match="like that of row 2"):
+            check_class_labels(load_rows(str(file)), 2, {"bad": 0, "good": 1})
+
+
 def test_lines_are_counted_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("text,label\nw1,good\n,bad\n,bad\nw2,good\nw3,Good\n")

@@ -173,6 +173,7 @@ BEHIND = {
     "onnx/config.json": "weights",
     "checkpoint-5/optimizer.pt": "weights",
     "helper.py": "code",
+    "features.h5": "weights",
     "state.pkl": "pickled",
 }
 
@@ -184,7 +185,9 @@ def test_everything_but_other_weights_and_code_comes_along(tmp_path: Path) -> No
         (folder / name).write_text(BESIDE.get(name, "x"))
     found = other_files(folder)
     assert set(BESIDE) <= {str(path) for path in found.copied}
-    assert {"onnx/", "checkpoint-5/", "helper.py", "state.pkl"} == dict(found.left).keys()
+    assert {"onnx/", "checkpoint-5/", "helper.py", "features.h5", "state.pkl"} == dict(
+        found.left
+    ).keys()
     result = plmcc.apply(plmcc.Recipe(passes=[CODES]), folder, tmp_path / "out")
     for name, text in BESIDE.items():
         assert (tmp_path / "out" / name).read_text() == text

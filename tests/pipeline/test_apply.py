@@ -298,9 +298,10 @@ def test_the_current_directory_is_written_in_place(
         assert done.returncode == 0, done.stderr
         again = run_here(capsys, "apply", recipe, model, "-o", ".")
         assert "the output directory exists" in again.stderr
+        (here / "notes.txt").write_text("mine")
         over = run_here(capsys, "apply", recipe, model, "-o", ".", "--overwrite")
         assert over.returncode == 0, over.stderr
-    assert prove(here).unknown == []
+    assert prove(here).unknown == ["notes.txt"]  # nothing of the user's is lost
     assert contents(tmp_path) == {"here", recipe.name}
     assert not [name for name in contents(here) if name.startswith(".")]
 

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import plmcc
+from plmcc.models.reduced import Reducible
 from plmcc.models.source import Source
 from plmcc.pipeline.expected import on_meta
 from plmcc.pipeline.trial import try_out
@@ -61,7 +62,7 @@ def test_nothing_is_changed_by_a_trial() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    try_out(recipe_of(HEADS), model)
+    try_out(recipe_of(HEADS), Reducible.of(model))
     assert torch.equal(torch.rand(3), expected)
     after = model.state_dict()
     assert after.keys() == before.keys()
