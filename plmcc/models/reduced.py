@@ -18,7 +18,7 @@ from plmcc.ir.probes import probe_inputs
 from plmcc.models.source import outline
 
 _DEPTHS = (2, 3, 4, 6, 8, 12)
-_LARGE = 8_000_000
+_LARGE = 1_000_000
 """Parameters from which on widths are made small too."""
 _WIDTHS = dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim"), 64)
 _WIDTHS |= dict.fromkeys(("head_dim", "d_kv"), 16) | {"embedding_size": 32}

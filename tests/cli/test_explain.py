@@ -45,7 +45,7 @@ def test_the_examples_are_what_the_commands_print() -> None:
 def test_one_code(code: str) -> None:
     text = explain(code)
     assert text.startswith("PLM303: settings that do not fit the model or the data\n")
-    assert "\nWhat to do\n  Change the setting that is named" in text
+    assert "\nWhat to do\n  Do what the hint says: change the setting that is named" in text
     assert "\n  $ plmcc apply metric.yaml model -o small\n  metric.yaml:4:21: error" in text
     assert json.loads(explain(code, "--format", "json")) == explanations()["PLM303"].to_json()
 
