@@ -68,6 +68,43 @@ class View(nn.Module):
         return self._table[0].weight  # type: ignore[return-value]
 
 
+class Lookup(nn.Module):
+    """A coded table as peft finds it: by a parameter `weight` of as many rows as the vocabulary.
+
+    Prompt tuning and p-tuning look ids up in the module that has such a parameter. This one has no
+    columns: it takes no memory and no place in files.
+    """
+
+    def __init__(self, table: nn.Module, rows: int) -> None:
+        super().__init__()
+        self._table = (table,)
+        like = next(table.parameters())
+        empty = torch.empty(rows, 0, dtype=like.dtype, device=like.device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up ids (...) -> (..., D)."""
+        rows: Tensor = self._table[0](ids)
+        return rows
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_: object) -> None:
+        pass
+
+
+def name_tables(model: nn.Module) -> None:
+    """Give every rewritten embedding table, and every view of one, its `Lookup`."""
+    for module in list(model.modules()):
+        table = module
+        if isinstance(module, View) and module.role == "embedding":
+            table = module._table[0]
+        rows = table.layout.get("num_embeddings") if isinstance(table, Hard) else None
+        if isinstance(rows, int) and next(table.parameters(), None) is not None:
+            module.lookup = Lookup(table, rows)
+
+
 @dataclass(frozen=True)
 class Record:
     """What an artifact says of one rewritten site: `class(**layout)` goes to the first path, views

@@ -185,7 +185,10 @@ class PlmccQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: object
     ) -> PreTrainedModel:
         # What quantized models refuse (`float`, `half`), these can do.
+        from plmcc.rewrite import name_tables
+
         model.is_quantized = False  # type: ignore[assignment]
+        name_tables(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -227,6 +230,8 @@ AutoConfig.register(METHOD, PlmccConfig)
 
 def adopt(model: PreTrainedModel, records: list[Record]) -> None:
     """Make a rewritten model in memory one that `save_pretrained` writes as an artifact."""
+    from plmcc.rewrite import name_tables
+
     known = getattr(model.config, "quantization_config", None)
     earlier = known.modules if isinstance(known, PlmccQuantizationConfig) else []
     config = PlmccQuantizationConfig([*earlier, *(record.to_json() for record in records)])
@@ -236,6 +241,7 @@ def adopt(model: PreTrainedModel, records: list[Record]) -> None:
             part.config.quantization_config = config
             part.hf_quantizer = PlmccQuantizer(config)  # type: ignore[assignment]
             part.quantization_method = METHOD  # type: ignore[assignment]
+    name_tables(model)
 
 
 def install(model: PreTrainedModel, record: Record, saved: dict[str, tuple[int, ...]]) -> None:
