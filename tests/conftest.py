@@ -17,7 +17,7 @@ from plmcc.artifact import verify
 from support.processes import run_module
 
 _DURATIONS = Path(__file__).with_name("durations.json")
-_SLOW = 1.5
+_SLOW = 0.5
 _CORE = ("bert", "gpt2", "llama", "t5", "marian")
 """Architectures of the slow checks of the contract in `make test`: an encoder, a decoder with
 `Conv1D`, one with shared key-value heads, two encoder-decoders with other norms and positions."""

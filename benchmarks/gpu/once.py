@@ -178,6 +178,8 @@ csr of int8: [t5, false, {movement_pruning: {method: magnitude, density: 0.5, st
 compressed attention: [mbart, false, {compressed_attention: {warm_start_steps: 2}}]
 compressed attention, T5: [t5, false, {compressed_attention: {warm_start_steps: 2}}]
 fewer layers: [bert, true, {drop_layers: {targets: layers, keep: 1, select: importance}}]
+low rank: [bert, true, {low_rank: {rank: 8}}]
+shared layers: [bert, true, {share_layers: {groups: 1}}]
 optimum: [qwen3, false, {optimum: {}}]
 int8: [bert, false, {quantized_linears: {scheme: int8}}]
 int4: [bert, false, {quantized_linears: {scheme: int4, group: 32}}]
@@ -220,11 +222,16 @@ def compared(name: str, setting: Setting) -> Row:
 
 def applied(name: str, device: str) -> tuple[Tensor, Tensor | None]:
     """Return the logits of a tiny model after a recipe, and what it generates."""
+    return answered(name, compressed(name, device), device)
+
+
+def compressed(name: str, device: str) -> Any:
+    """Return the tiny model of a case after its recipe."""
     from accelerate.state import AcceleratorState, PartialState
 
     from plmcc.models.source import Source
     from plmcc.pipeline.compiler import run
-    from plmcc.testing.tiny import inputs, prompt, tiny
+    from plmcc.testing.tiny import tiny
 
     PartialState._reset_state()  # or the second case would train where the first one did
     AcceleratorState._reset_state(True)
@@ -238,6 +245,13 @@ def applied(name: str, device: str) -> tuple[Tensor, Tensor | None]:
     ]
     if elsewhere:
         raise AssertionError(f"left elsewhere: {', '.join(elsewhere[:3])}")
+    return model
+
+
+def answered(name: str, model: Any, device: str) -> tuple[Tensor, Tensor | None]:
+    from plmcc.testing.tiny import inputs, prompt
+
+    architecture = CASES[name][0]
     with torch.no_grad():
         logits = model(**on(device, inputs(architecture))).logits.float().cpu()
         if not model.can_generate():

@@ -197,7 +197,6 @@ class SoftAdaptive(Table, Soft):
         if not self.selected:
             self.choice.copy_(self.chosen())
             self.selected = True
-            self.logits.requires_grad_(False)
 
     def chosen(self) -> Tensor:
         """The codebook (V,) of each word, within the budget."""
@@ -208,7 +207,9 @@ class SoftAdaptive(Table, Soft):
         learned."""
         if self.training and not self.selected:
             return F.gumbel_softmax(self.logits[ids_N], self.temperature)
-        return F.one_hot(self.chosen()[ids_N], len(self.lengths)).to(self.logits.dtype)
+        weights_NN = F.one_hot(self.chosen()[ids_N], len(self.lengths)).to(self.logits.dtype)
+        # Data parallelism waits for the gradient of every parameter, also when lengths are fixed.
+        return weights_NN + 0 * self.logits[ids_N] if self.training else weights_NN
 
     def rows(self, ids_N: Tensor) -> Tensor:
         """Rows (N, D)."""

@@ -142,11 +142,15 @@ def resize(attention: nn.Module, block: Attention, kept: list[int]) -> None:
 def _select_bias(attention: nn.Module, kept: list[int], heads: int) -> None:
     """T5: one layer computes the position bias of all heads for all layers; every layer takes the
     heads that it has left, and hands on the whole."""
+    # A tensor of the model: a list would be copied to the device in every call.
+    known = next(attention.parameters(), None)
+    device = None if known is None else known.device
+    index_K = torch.tensor(kept, dtype=torch.long, device=device)
     before = getattr(attention, _KEPT, None)
     if before is not None:
-        setattr(attention, _KEPT, [before[index] for index in kept])
+        attention.register_buffer(_KEPT, before[index_K])
         return
-    setattr(attention, _KEPT, kept)
+    attention.register_buffer(_KEPT, index_K)
     attention._plmcc_all_heads = heads  # type: ignore[assignment]
     cls = type(attention)
 

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from plmcc.kit import sum_over_processes
+
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
 """Stretch and temperature of the hard-concrete distribution (Louizos et al., 2018)."""
 L0_START = 2.197
@@ -184,7 +186,9 @@ class Sensitivity:
     def begin(self) -> None:
         """Give the scores the ranks of these sums, taken for each weight, over the whole model."""
         sizes = [score_group.sizes().to(sums.device) for score_group, sums in self._sums]
-        each = [sums / size for (_, sums), size in zip(self._sums, sizes, strict=True)]
+        # Of its own batches each process knows the sums; all must come to the same scores.
+        totals = [sum_over_processes(sums) for _, sums in self._sums]
+        each = [sums / size for sums, size in zip(totals, sizes, strict=True)]
         flat = torch.cat([values.flatten() for values in each])
         ranks = flat.argsort().argsort().float() / max(1, len(flat) - 1)
         parts = ranks.mul(2 * _SPAN).sub(_SPAN).split([values.numel() for values in each])

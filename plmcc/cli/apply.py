@@ -67,7 +67,7 @@ def apply(
     from plmcc.pipeline.cache import folder_of
     from plmcc.pipeline.compiler import apply as apply_recipe
     from plmcc.report.documents import print_summary
-    from plmcc.training import distributed
+    from plmcc.utils import distributed
 
     given = _vectors(model, loaded.task) if skip_broken else model
     log: Any = typer.echo if distributed.is_main_process() else lambda _: None

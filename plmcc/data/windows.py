@@ -3,6 +3,7 @@ token: what tasks need whose labels are places in a text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,14 @@ def _place(token: int | None, ids: list[int]) -> int:
     return ids.index(token) if token in ids else 0
 
 
-def by_length(inputs: Inputs, size: int) -> Iterator[list[int]]:
-    """Yield the places of windows of similar length, `size` at a time."""
-    lengths = [len(ids) for ids in inputs["input_ids"]]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    yield from (order[start : start + size] for start in range(0, len(order), size))
+def by_length(lengths: Sequence[int], size: int, tokens: float = math.inf) -> Iterator[list[int]]:
+    """Yield the places of texts of similar length, at most `size` at a time and, of more than one,
+    at most so many tokens with padding."""
+    part: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and (len(part) == size or (len(part) + 1) * lengths[place] > tokens):
+            yield part
+            part = []
+        part.append(place)
+    if part:
+        yield part

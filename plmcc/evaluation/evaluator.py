@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plmcc.data import question_answering, token_classification
-from plmcc.data.collate import collator, padding
+from plmcc.data.collate import Collate, collator, padding
 from plmcc.data.encoding import encode
 from plmcc.data.pooling import Pooling, last_states
 from plmcc.data.rows import Rows, check_class_labels
@@ -25,8 +25,11 @@ from plmcc.data.windows import Inputs, by_length
 from plmcc.diagnostics import Location, error
 from plmcc.inference.batches import generated
 from plmcc.utils.extras import library
+from plmcc.utils.numerics import by_rows
 
 _BATCH = 64
+_LOGITS = 2**27
+"""Elements of the logits of a batch: half a gigabyte in float32."""
 _TRANSLATION = ("bleu", "chrf")
 _CLASSES: dict[str, Callable[[list[int], list[int]], float]] = {
     "accuracy": metrics.accuracy_score,
@@ -86,6 +89,11 @@ class Evaluator:
         self.model, self.tokenizer = model.eval(), padding(tokenizer)
         self.pooling, self.original = pooling, original
         self.max_length, self.task = max_length, task_of(type(model).__name__)
+        head = model.get_output_embeddings()
+        config = model.config.get_text_config(decoder=True)
+        vocabulary = 0 if head is None else int(getattr(config, "vocab_size", 0))
+        self._tokens = _LOGITS // vocabulary if vocabulary else math.inf
+        """Tokens of a batch, where each has logits for the whole vocabulary."""
 
     @torch.no_grad()
     def compute(self, metric: str, rows: Rows) -> float:
@@ -158,13 +166,17 @@ class Evaluator:
 
     def _batches(self, *texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of texts of similar length, with the positions they come from."""
-        order = sorted(range(len(texts[0])), key=lambda i: sum(len(column[i]) for column in texts))
-        for start in range(0, len(order), _BATCH):
-            part = order[start : start + _BATCH]
-            columns = [[column[i] for i in part] for column in texts]
-            options = {"padding": True, "truncation": True, "max_length": self.max_length}
-            batch = self.tokenizer(*columns, return_tensors="pt", **options)
-            yield part, dict(batch.to(self.model.device))
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        pad = collator("feature-extraction", self.tokenizer)
+        yield from self._padded({name: list(column) for name, column in encoded.items()}, pad)
+
+    def _padded(
+        self, inputs: Inputs, pad: Collate
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        lengths = [len(ids) for ids in inputs["input_ids"]]
+        for order in by_length(lengths, _BATCH, self._tokens):
+            batch = pad([{name: column[i] for name, column in inputs.items()} for i in order])
+            yield order, {name: value.to(self.model.device) for name, value in batch.items()}
 
     def predict(self, rows: Rows, model: PreTrainedModel | None = None) -> list[Any]:
         """Return the answer to each question, or the labels of the words of each sentence."""
@@ -180,11 +192,8 @@ class Evaluator:
         self, inputs: Inputs, model: PreTrainedModel | None
     ) -> Iterator[tuple[list[int], object]]:
         """What the model returns for windows, batch by batch, with the places of these."""
-        pad = collator(self.task, self.tokenizer)
-        for order in by_length(inputs, _BATCH):
-            batch = pad([{name: column[i] for name, column in inputs.items()} for i in order])
-            placed = {name: value.to(self.model.device) for name, value in batch.items()}
-            yield order, (model or self.model)(**placed)
+        for order, batch in self._padded(inputs, collator(self.task, self.tokenizer)):
+            yield order, (model or self.model)(**batch)
 
     def _windowed(self, metric: str, rows: Rows) -> float:
         """Figures of answers or of labeled words."""
@@ -247,20 +256,21 @@ class Evaluator:
                 hint="use `fidelity`",
             )
         total, tokens = 0.0, 0
-        if self.model.config.is_encoder_decoder:
-            for batch in self._forced(rows):
-                logits_BLV, targets_BL = self.model(**batch).logits.float(), batch["labels"]
-                flat = (logits_BLV.flatten(0, 1), targets_BL.flatten())
-                total += float(F.cross_entropy(*flat, reduction="sum"))
-                tokens += int((targets_BL != -100).sum())
-            return _exp(total / max(1, tokens))
-        for _, batch in self._batches(rows.texts()):
-            logits_BLV = self.model(**batch).logits[:, :-1].float()
-            padding_BL = batch["attention_mask"][:, 1:] == 0
-            targets_BL = batch["input_ids"][:, 1:].masked_fill(padding_BL, -100)
-            loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), reduction="sum")
-            total, tokens = total + float(loss), tokens + int((targets_BL != -100).sum())
+        for batch, targets_BL in self._next_tokens(rows):
+            logits_BLV = self.model(**batch).logits[:, : targets_BL.shape[1]]
+            tokens += int((targets_BL != -100).sum())
+            for logits_NV, targets_N in by_rows(logits_BLV.flatten(0, 1), targets_BL.flatten()):
+                total += float(F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"))
         return _exp(total / max(1, tokens))
+
+    def _next_tokens(self, rows: Rows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Batches, and what comes next at each place (-100 at padding)."""
+        if self.model.config.is_encoder_decoder:
+            yield from ((batch, batch["labels"]) for batch in self._forced(rows))
+            return
+        for _, batch in self._batches(rows.texts()):
+            padding_BL = batch["attention_mask"][:, 1:] == 0
+            yield batch, batch["input_ids"][:, 1:].masked_fill(padding_BL, -100)
 
     def _forced(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
         """Batches of sources and references, as the decoder is trained on them."""
@@ -273,11 +283,8 @@ class Evaluator:
             )
         pad = collator("translation", self.tokenizer, self.model.config)
         table = encode(rows, "translation", self.tokenizer, self.max_length, 0)
-        sources = table["input_ids"][:]
-        order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-        for start in range(0, len(order), _BATCH):
-            batch = pad(list(table.select(order[start : start + _BATCH])))
-            yield {name: value.to(self.model.device) for name, value in batch.items()}
+        columns = {name: table[name][:] for name in table.column_names}
+        yield from (batch for _, batch in self._padded(columns, pad))
 
     def _token_fidelity(self, rows: Rows) -> float:
         assert self.original is not None
@@ -324,20 +331,22 @@ class Evaluator:
                     "evaluate",
                     hint="use `fidelity`",
                 )
-            theirs_NV, mine_NV = (logits.float()[real].log_softmax(-1) for logits in outputs)
-            total += float(F.kl_div(mine_NV, theirs_NV, log_target=True, reduction="sum"))
-            count += len(mine_NV)
+            flat = [logits.flatten(0, -2) for logits in outputs]
+            count += int(real.sum())
+            for *pair, real_N in by_rows(*flat, real.flatten()):
+                theirs_NV, mine_NV = (part[real_N].float().log_softmax(-1) for part in pair)
+                total += float(F.kl_div(mine_NV, theirs_NV, log_target=True, reduction="sum"))
         return total / max(1, count)
 
-    def _with_real(self, rows: Rows) -> Iterator[tuple[dict[str, Tensor], object]]:
+    def _with_real(self, rows: Rows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Batches, and where there is something to predict in them."""
         if self.model.config.is_encoder_decoder:
             yield from ((batch, batch["labels"] != -100) for batch in self._forced(rows))
             return
         columns = [rows.texts(column) for column in range(len(rows.text))]
         for _, batch in self._batches(*columns):
-            classes = self.task == "text-classification"
-            yield batch, (slice(None) if classes else batch["attention_mask"].bool())
+            mask_BL = batch["attention_mask"].bool()
+            yield batch, (mask_BL.any(-1) if self.task == "text-classification" else mask_BL)
 
     def _signature(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         """Pooled outputs (B, D), or the predicted classes or tokens."""

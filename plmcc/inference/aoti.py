@@ -177,4 +177,4 @@ def _compiled(make: Callable[[], Program], replayed: bool = False) -> Run:
     with torch.inference_mode(False), TemporaryDirectory(prefix="plmcc-") as folder:
         file, program = Path(folder) / "program.pt2", make()
         package(program, file)
-        return load(file, program[1][0].device.type, replayed)
+        return load(file, str(program[1][0].device), replayed)

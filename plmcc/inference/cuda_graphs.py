@@ -24,14 +24,16 @@ def load(file: Path, device: str, replayed: bool = False) -> Run:
 
     Args:
         file: the package. It holds machine code, which is run.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" (the current GPU) or "cuda:N".
         replayed: run it as a CUDA graph where its caches stay in place, if it is on a GPU.
 
     Raises:
         RuntimeError: it is no package, or damaged.
     """
-    graphs = replayed and device == "cuda"
-    loaded = torch._inductor.aoti_load_package(str(file), run_single_threaded=graphs)
+    place = torch.device(device)
+    graphs = replayed and place.type == "cuda"
+    index = -1 if place.index is None else place.index
+    loaded = torch._inductor.aoti_load_package(str(file), graphs, device_index=index)
     # The callable that torch puts around the loader parses its signature in every call.
     run: Run = loaded.loader.boxed_run
     return CudaGraphStep(run) if graphs else run
@@ -86,7 +88,7 @@ def captured(run: Run, inputs: list[Tensor]) -> tuple[Callable[[], None], list[T
         RuntimeError: something in it cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph):
         outputs = run(list(inputs))
     return graph.replay, outputs
 

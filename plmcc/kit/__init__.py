@@ -17,6 +17,7 @@ from plmcc.kit.tables import (
     table_of,
     weights_of,
 )
+from plmcc.utils.distributed import sum_over_processes
 from plmcc.utils.files import matching_files
 from plmcc.utils.numerics import relative_difference
 from plmcc.utils.progress import Progress
@@ -43,6 +44,7 @@ __all__ = [
     "queries_as_beams",
     "reconstruction",
     "relative_difference",
+    "sum_over_processes",
     "table_of",
     "unlike",
     "weight_of",

@@ -20,7 +20,7 @@ from plmcc.pipeline.run import run
 from plmcc.pipeline.verifier import Dump
 from plmcc.recipe.load import Calibrate, Recipe, Scratch, Train
 from plmcc.report.result import Log, Result
-from plmcc.training import distributed
+from plmcc.utils import distributed
 from plmcc.utils.files import check_outside
 
 

@@ -27,7 +27,7 @@ from plmcc.recipe.load import Recipe
 from plmcc.recipe.needs import check_calibrated
 from plmcc.report.provenance import model_digest
 from plmcc.report.result import Log, Result
-from plmcc.training import distributed
+from plmcc.utils import distributed
 
 _LISTED = 4  # sites of a pass that are logged one by one
 

@@ -26,7 +26,7 @@ from plmcc.models.reduced import Reducible
 from plmcc.pipeline.prepare import prepares
 from plmcc.pipeline.verifier import ties_of, verify_program
 from plmcc.recipe.load import Recipe
-from plmcc.training import distributed
+from plmcc.utils import distributed
 from plmcc.utils.numerics import relative_difference
 from plmcc.utils.terminal import hushed
 from plmcc.utils.text import first_line

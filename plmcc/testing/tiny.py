@@ -164,7 +164,7 @@ def tiny(name: str, *, dropout: float = 0.0, attention: str = "eager") -> PreTra
     rates = dict.fromkeys(entry.dropout, dropout)
     config = config_class(**(_TOKENS | entry.options | rates), attn_implementation=attention)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+        torch.default_generator.manual_seed(_SEED)  # GPUs go on as they were
         model: PreTrainedModel = getattr(hf, entry.model)(config)
         if entry.untied:
             head = model.get_output_embeddings()

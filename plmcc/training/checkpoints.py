@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from plmcc.api import State
-from plmcc.training import distributed
+from plmcc.utils import distributed
 from plmcc.utils.files import write_json
 
 COMPLETE = "complete"

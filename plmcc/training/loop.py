@@ -18,10 +18,11 @@ from plmcc.diagnostics import PlmccError, error, out_of_memory
 from plmcc.recipe.load import Train
 from plmcc.recipe.training_arguments import checkpoints_activations
 from plmcc.rewrite import Replacement
-from plmcc.training import checkpoints, distributed
+from plmcc.training import checkpoints
 from plmcc.training.distillation import Distillation
 from plmcc.training.schedule import Average
 from plmcc.training.trainer import DistillingTrainer, ProgressCallback, TrainingData
+from plmcc.utils import distributed
 from plmcc.utils.attributes import kept
 from plmcc.utils.types import Values
 

@@ -30,9 +30,10 @@ from plmcc.data.collate import Collate, Masking
 from plmcc.data.pooling import Pooling, last_states, similarity_loss
 from plmcc.diagnostics import error
 from plmcc.recipe.load import Train
-from plmcc.training import checkpoints, distributed
+from plmcc.training import checkpoints
 from plmcc.training.distillation import Distillation
 from plmcc.training.schedule import Average, ByEpoch, TokenBatches
+from plmcc.utils import distributed
 
 _WEIGHTS = "model.safetensors"
 

@@ -7,11 +7,17 @@ to the same, and no process would be faster for knowing less.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed
 from accelerate import PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, reduce
+from torch import Tensor
+
+_PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others. The first one writes, hashes and proves a large model
+while they wait, which takes longer than torch's 10 minutes."""
 
 
 def world_size() -> int:
@@ -22,7 +28,7 @@ def world_size() -> int:
 def init() -> None:
     """Meet the other processes."""
     if world_size() > 1:
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
 def is_main_process() -> bool:
@@ -42,6 +48,18 @@ def broadcast_from_main(value: bool) -> bool:
         return value
     flag = torch.tensor([value], dtype=torch.uint8, device=PartialState().device)
     return bool(broadcast(flag).item())
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, on the tensor's device.
+
+    For what a pass computes from batches by itself: each process sees batches of its own, and
+    PyTorch averages gradients only after tensor hooks have run.
+    """
+    if world_size() == 1 or not torch.distributed.is_initialized():
+        return value
+    summed: Tensor = reduce(value.to(PartialState().device), "sum")
+    return summed.to(value.device)
 
 
 def destroy() -> None:

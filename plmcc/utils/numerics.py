@@ -1,8 +1,13 @@
-"""Comparing tensors."""
+"""Comparing tensors, and going through large ones by parts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
+
+_ELEMENTS = 2**24
+"""Elements of a part: 64 MB in float32."""
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
@@ -17,3 +22,12 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
         return 0.0
     one, two = found.detach().double(), expected.detach().double()
     return float((one - two).abs().max()) / (float(two.abs().max()) or 1.0)
+
+
+def by_rows(*tensors: Tensor, elements: int = _ELEMENTS) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parts of tensors of equally many rows, of the first one at most so many elements.
+
+    Logits of large vocabularies take gigabytes, and what is computed from them as many again.
+    """
+    rows = max(1, elements // max(1, tensors[0][:1].numel()))
+    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from plmcc.data.pooling import Pooling
 from plmcc.data.rows import load_rows
 from plmcc.diagnostics import PlmccError
+from plmcc.evaluation import evaluator as evaluation
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.evaluation.latency import measure
 from plmcc.models.source import load_source
+from plmcc.utils import numerics
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -63,6 +65,35 @@ def test_perplexity_is_that_of_the_tokens_one_by_one(evaluator: Evaluator, tmp_p
     expected = float(torch.cat(losses).mean().exp())
     found = evaluator.compute("perplexity", load_rows(str(tmp_path / "text.txt")))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("metric", ["perplexity", "kl_divergence"])
+def test_large_vocabularies_are_evaluated_by_parts(
+    name: str, metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches and parts of logits are small where the vocabulary is large; the value is the
+    same."""
+    lines = [" ".join(f"w{(i * j) % 90}" for j in range(1, 2 + i % 9)) for i in range(30)]
+    (tmp_path / "text.tsv").write_text("\n".join(f"{line}\t{line}" for line in lines))
+    columns = ["a", "b"] if name == "t5" else "a"
+    (tmp_path / "text.tsv").write_text("a\tb\n" + "\n".join(f"{line}\t{line}" for line in lines))
+    rows = load_rows(str(tmp_path / "text.tsv"), columns)
+    model, original = tiny(name), tiny(name)
+    original.get_parameter("shared.weight" if name == "t5" else "transformer.wte.weight").data.mul_(
+        1.1
+    )
+    whole = Evaluator(model, words(), Pooling(), original, 40).compute(metric, rows)
+    monkeypatch.setattr(evaluation, "_LOGITS", 1000)
+    monkeypatch.setattr(numerics.by_rows, "__kwdefaults__", {"elements": 300})
+    sizes: list[int] = []
+    hook = model.register_forward_hook(lambda _, __, output: sizes.append(output.logits.numel()))
+    found = Evaluator(model, words(), Pooling(), original, 40).compute(metric, rows)
+    hook.remove()
+    assert found == pytest.approx(whole, rel=1e-5)
+    assert whole > 1e-3
+    assert len(sizes) > 5
+    assert max(sizes) <= max(1000, 11 * model.config.vocab_size)  # one text, however long
 
 
 def test_fidelity_is_100_for_the_same_model_and_less_for_another(tmp_path: Path) -> None:

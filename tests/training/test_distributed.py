@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from transformers import AutoModel
 
 from plmcc import Pipeline
 from plmcc.passes.compositional_codes import CompositionalCodes
+from plmcc.utils import distributed
+from support.processes import run_module
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -79,3 +85,57 @@ def started(model: Path) -> torch.Tensor:
     Pipeline([codes])(loaded)
     books: torch.Tensor = loaded.get_input_embeddings().codebooks.detach()
     return books
+
+
+ONE_OF_EACH_PASS = (
+    "codes, tied",
+    "binary",
+    "factors",
+    "adaptive",
+    "movement",
+    "movement, sensitivity",
+    "soft movement",
+    "l0",
+    "compressed attention",
+    "fewer layers",
+    "low rank",
+    "shared layers",
+    "optimum",
+    "int8",
+)
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no gloo here")
+def test_all_processes_end_with_the_same_model() -> None:
+    cases: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ONE_OF_EACH_PASS]
+    cases += [("adaptive, budget", CHECKPOINTED), ("adaptive", {"max_steps": 8})]
+    given = [json.dumps(case) for case in cases]
+
+    def process(rank: int) -> subprocess.CompletedProcess[str]:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        texts = {key: str(value) for key, value in (numbers | {"MASTER_PORT": port}).items()}
+        texts["MASTER_ADDR"] = "127.0.0.1"
+        folder = Path(__file__).parents[1]
+        return run_module("support.devices.agreement", given, cwd=folder, env=os.environ | texts)
+
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, range(2))
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    printed = [one.stdout.splitlines() for one in (first, second)]  # the Trainer prints too
+    digests = [dict(json.loads(x) for x in lines if x.startswith("[")) for lines in printed]
+    assert digests[0] == digests[1]
+    assert digests[0].keys() == {name for name, _ in cases}
+
+
+def test_processes_wait_for_the_one_that_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing and proving a large model takes longer than the ten minutes of torch."""
+    given: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "PartialState", lambda **options: given.append(options))
+    distributed.init()
+    assert given[0]["timeout"] > timedelta(hours=2)

@@ -100,7 +100,8 @@ def test_selection_is_frozen_in_the_second_phase() -> None:
     ids = torch.arange(60)
     assert torch.equal(soft.selection(ids).argmax(-1), before)
     soft(ids).sum().backward()
-    assert soft.logits.grad is None
+    assert soft.logits.grad is not None  # data parallelism waits for one
+    assert not soft.logits.grad.any()
     assert soft.codebooks.grad is not None
     assert torch.equal(soft(ids), soft.eval()(ids))
 
