@@ -1,8 +1,9 @@
 """Which tests `make check`, `make test` and `make test-all` run.
 
 `tests/durations.json` holds the seconds of slow test functions, measured by `make durations`. A
-function above `_SLOW` seconds is marked `slow` (not in `make check`). Cases of the contract beyond
-`_CORE` are marked `exhaustive` (only in `make test-all`).
+function above `_SLOW` seconds, or with a shared fixture above `_SLOW_FIXTURE`, is marked `slow`
+(not in `make check`). Cases of the contract beyond `_CORE` are marked `exhaustive` (only in `make
+test-all`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from plmcc.artifact import verify
 from support.processes import run_module
 
 _DURATIONS = Path(__file__).with_name("durations.json")
-_SLOW = 0.5
+_SLOW, _SLOW_FIXTURE = 0.5, 2.0
 _CORE = ("bert", "gpt2", "llama", "t5", "marian")
 """Architectures of the slow checks of the contract in `make test`: an encoder, a decoder with
 `Conv1D`, one with shared key-value heads, two encoder-decoders with other norms and positions."""
@@ -25,14 +27,36 @@ _CORE = ("bert", "gpt2", "llama", "t5", "marian")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by how long they take."""
-    known = json.loads(_DURATIONS.read_text(encoding="utf-8")) if _DURATIONS.exists() else {}
+    known = {"calls": {}, "setups": {}}
+    if _DURATIONS.exists():
+        known = json.loads(_DURATIONS.read_text(encoding="utf-8"))
+    calls, setups = known["calls"], known["setups"]
+    slow = {
+        fixture
+        for item in items
+        if setups.get(_name(item), 0.0) >= _SLOW_FIXTURE
+        for fixture in _shared_fixtures(item)
+    }
     for item in items:
-        name = item.nodeid.partition("[")[0].removeprefix("tests/")
-        seconds = known.get(name, 0.0)
-        if seconds >= _SLOW:
+        name = _name(item)
+        if calls.get(name, 0.0) >= _SLOW or slow & _shared_fixtures(item):
             item.add_marker(pytest.mark.slow)
-        if name.startswith("test_contract.py") and name in known and not _is_core(item):
+        if name.startswith("test_contract.py") and name in calls and not _is_core(item):
             item.add_marker(pytest.mark.exhaustive)
+
+
+def _name(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0].removeprefix("tests/")
+
+
+def _shared_fixtures(item: pytest.Item) -> set[tuple[str, str]]:
+    """The file and the name of each fixture that is made once for several tests."""
+    known: dict[str, Any] = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+    return {
+        (definitions[-1].baseid, name)
+        for name, definitions in known.items()
+        if definitions[-1].scope in ("module", "session") and definitions[-1].baseid.endswith(".py")
+    }
 
 
 @pytest.fixture(scope="session", autouse=True)
