@@ -92,7 +92,7 @@ def _recipes(given: list[str], overrides: list[str] | None) -> list[CheckedRecip
 
 
 def _check_metric(metric: str | None) -> None:
-    from plmcc.recipe.sections import Metric
+    from plmcc.recipe.metrics import Metric
 
     known = [name for name in get_args(Metric) if name not in _RELATIVE]
     if metric in _RELATIVE:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from plmcc.data import question_answering, token_classification
-from plmcc.data.rows import Rows, check_class_labels
+from plmcc.data.classification import targets_of
+from plmcc.data.rows import Rows
 from plmcc.utils.types import Values
 
 
@@ -19,12 +19,11 @@ def encode(
     task: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    classes: int,
-    names: Mapping[str, Any] | None = None,
+    config: PreTrainedConfig | None = None,
     stride: int | None = None,
 ) -> Dataset:
     """Turn rows into model inputs, with `labels` (or the positions of answers) where the task has
-    its own loss.
+    its own loss. `config` is the model's: its head says what labels are.
 
     A labeled pair of a similarity task becomes `input_ids` and `other_ids` with a label in 0..1
     (scaled by the largest and smallest label); without labels, the two texts of a pair are separate
@@ -34,14 +33,15 @@ def encode(
     if task == question_answering.TASK:
         return question_answering.encode_questions(rows, tokenizer, max_length, stride)
     if task == token_classification.TASK:
-        return token_classification.encode_sentences(rows, tokenizer, max_length, names or {})
+        names: dict[str, Any] = dict(config.label2id or {}) if config is not None else {}
+        return token_classification.encode_sentences(rows, tokenizer, max_length, names)
     if task == "translation":
         return _translations(rows, tokenize)
     if task == "text-classification":
         columns = [rows.texts(column) for column in range(len(rows.text))]
         inputs = tokenize(*columns)
-        if rows.label is not None:
-            inputs["labels"] = check_class_labels(rows, classes, names)
+        if rows.label is not None and config is not None:
+            inputs["labels"] = targets_of(rows, config)
         return Dataset.from_dict(inputs)
     if task == "sentence-similarity" and len(rows.text) == 2 and rows.label is not None:
         return _labeled_pairs(rows, tokenize)

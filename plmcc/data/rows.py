@@ -11,7 +11,7 @@ import glob
 import gzip
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from plmcc.data.separated import options_of
-from plmcc.diagnostics import PlmccError, did_you_mean, error, listing, nearest
+from plmcc.diagnostics import did_you_mean, error, listing
 from plmcc.recipe.load import Synthetic
 from plmcc.utils.files import matching_files
 from plmcc.utils.text import first_line
@@ -45,6 +45,7 @@ _PAIRS = (
     ("premise", "hypothesis"),
 )
 _LABELS = ("label", "labels", "score")
+_YES, _NO = ("1", "1.0", "True", "true"), ("0", "0.0", "False", "false")
 
 if not sys.stderr.isatty():
     disable_progress_bars()
@@ -101,8 +102,11 @@ class Rows:
                 ) from None
         return found
 
-    def labels(self) -> list[Any]:
+    def labels(self, none: Any = None) -> list[Any]:
         """Return the labels.
+
+        Args:
+            none: what stands for a missing one; by default it is an error.
 
         Raises:
             PlmccError: there is no label column, or a row has none.
@@ -119,15 +123,17 @@ class Rows:
         values = list(self.table[self.label])
         for row, value in enumerate(values):
             if value is None or (isinstance(value, float) and np.isnan(value)):
-                message = f"{self.place(row)} has no label"
-                raise error("PLM302", message, f"{self.source}: {self.label}")
+                if none is None:
+                    message = f"{self.place(row)} has no label"
+                    raise error("PLM302", message, f"{self.source}: {self.label}")
+                values[row] = none
         return values
 
 
 def load_rows(
     source: str | Sequence[str],
     text: str | Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     limit: int | None = None,
     base: Path | None = None,
     target: str | Sequence[str] | None = None,
@@ -138,7 +144,8 @@ def load_rows(
         source: a file, a glob, `hub:name[/config][@split]`, or a list of files.
         text: the text column or the two columns of a pair; by default the first usual name that
             exists.
-        label: the label column; by default the first usual name that exists.
+        label: the label column; by default the first usual name that exists. Of several columns
+            each says by 0 or 1 whether a row has the label of its name.
         limit: keep only the first rows.
         base: where relative paths start, if they do not exist in the current directory.
         target: the second texts of pairs where they are files of their own, line by line.
@@ -152,6 +159,8 @@ def load_rows(
     if target is not None:
         table, text, label = _aligned(table, text, name, target, base), None, None
     columns = columns_of(table, text, name)
+    if label is not None and not isinstance(label, str):
+        table, label = _joined(table, label, name)
     found_label = _label_column(table, label, name)
     texts = zip(*(table[column] for column in columns), strict=True)
     kept = [i for i, row in enumerate(texts) if all((text or "").strip() for text in row)]
@@ -379,6 +388,25 @@ def _label_column(table: Dataset, label: str | None, source: str) -> str | None:
     return next((name for name in _LABELS if name in table.column_names), None)
 
 
+def _joined(table: Dataset, columns: Sequence[str], source: str) -> tuple[Dataset, str]:
+    """Make one column of lists from columns of 0 and 1."""
+    for column in columns:
+        existing(column, table.column_names, source)
+    lists: list[list[str]] = [[] for _ in range(len(table))]
+    for column in columns:
+        for row, value in enumerate(table[column]):
+            if str(value).strip() not in _YES + _NO:
+                message = f"the column `{column}` says of a label whether row {row + 1} has it"
+                given, allowed = repr(value), "0 or 1"
+                raise error("PLM302", message, source, got=given, allowed=allowed)
+            if str(value).strip() in _YES:
+                lists[row].append(column)
+    name = ", ".join(columns)
+    while name in table.column_names:
+        name += "_"
+    return table.add_column(name, lists), name
+
+
 def existing(column: str, names: list[str], source: str) -> str:
     """Return the name of a column.
 
@@ -391,45 +419,3 @@ def existing(column: str, names: list[str], source: str) -> str:
             "PLM301", f"there is no column `{column}`", source, allowed=listing(names), hint=hint
         )
     return column
-
-
-def check_class_labels(
-    rows: Rows, classes: int, names: Mapping[str, Any] | None = None
-) -> list[int]:
-    """Return integer labels within 0..classes-1; `names` are the model's own names of classes.
-
-    Raises:
-        PlmccError: a label that is no whole number or outside the head's range.
-    """
-    if classes == 1:
-        message = "the model's head is for regression (one label), which is not supported"
-        raise error("PLM303", message, rows.source, hint="use a model with two or more classes")
-    labels = []
-    for row, value in enumerate(rows.labels()):
-        value = (names or {}).get(str(value), value)
-        try:
-            number = int(value)
-        except (TypeError, ValueError):
-            raise _bad_label(rows, row, value, classes, names) from None
-        if number != float(value) or not 0 <= number < classes:
-            raise _bad_label(rows, row, value, classes, names)
-        labels.append(number)
-    return labels
-
-
-def _bad_label(
-    rows: Rows, row: int, value: object, classes: int, names: Mapping[str, Any] | None
-) -> PlmccError:
-    known = [name for name in names or () if name != f"LABEL_{(names or {})[name]}"]
-    also = f", or {listing(known)}" if known else ""
-    near = nearest(str(value), known) or next(
-        (name for name in known if name.casefold() == str(value).casefold()), ""
-    )
-    return error(
-        "PLM302",
-        f"the model's head has no label like that of {rows.place(row)}",
-        f"{rows.source}: {rows.label}",
-        got=repr(value),
-        allowed=f"whole numbers 0 to {classes - 1}{also}",
-        hint=f"did you mean `{near}`?" if near else "",
-    )

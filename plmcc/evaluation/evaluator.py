@@ -4,7 +4,7 @@ the original."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,20 @@ from scipy import stats
 from sklearn import metrics
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plmcc.data import question_answering, token_classification
+from plmcc.data import classification, question_answering, token_classification
 from plmcc.data.collate import Collate, collator, padding
 from plmcc.data.encoding import encode
 from plmcc.data.pooling import Pooling, last_states
-from plmcc.data.rows import Rows, check_class_labels
-from plmcc.data.tasks import classes_of, task_of
+from plmcc.data.rows import Rows
+from plmcc.data.tasks import WINDOWED, task_of
 from plmcc.data.windows import Inputs, by_length
 from plmcc.diagnostics import Location, error
 from plmcc.inference.batches import generated
+from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS
 from plmcc.utils.extras import library
-from plmcc.utils.numerics import by_rows
+from plmcc.utils.numerics import by_rows, divergence
 
 _BATCH = 64
 _LOGITS = 2**27
@@ -37,6 +38,23 @@ _CLASSES: dict[str, Callable[[list[int], list[int]], float]] = {
         truth, found, average="binary" if max(truth) < 2 else "macro"
     ),
     "matthews": metrics.matthews_corrcoef,
+    "f1_micro": lambda truth, found: metrics.f1_score(truth, found, average="micro"),
+    "f1_macro": lambda truth, found: metrics.f1_score(truth, found, average="macro"),
+}
+_LABELS: dict[str, Callable[[object, object], float]] = {
+    "accuracy": metrics.accuracy_score,  # of rows whose labels are all right
+    "f1": lambda truth, found: metrics.f1_score(truth, found, average="micro", zero_division=0.0),
+    "f1_micro": lambda truth, found: metrics.f1_score(
+        truth, found, average="micro", zero_division=0.0
+    ),
+    "f1_macro": lambda truth, found: metrics.f1_score(
+        truth, found, average="macro", zero_division=0.0
+    ),
+}
+_HEADS = {
+    "classes": "a head for classes",
+    "labels": "a head for several labels at once",
+    "number": "a head that predicts a number",
 }
 _CORRELATIONS: dict[str, Callable[[object, object], object]] = {
     "spearman": stats.spearmanr,
@@ -44,32 +62,24 @@ _CORRELATIONS: dict[str, Callable[[object, object], object]] = {
 }
 
 
-_WINDOWED = {
-    question_answering.TASK: ("exact_match", "f1", "fidelity"),
-    token_classification.TASK: ("f1", "accuracy", "fidelity"),
-}
-
-
-def check_metric(metric: str, task: str, location: Location | str = "evaluate") -> None:
-    """Check that a metric is one of the task's, where that does not depend on the rows.
+def check_metric(
+    metric: str,
+    task: str,
+    location: Location | str = "evaluate",
+    config: PreTrainedConfig | None = None,
+) -> None:
+    """Check that a metric is one of the task's, and of what the head predicts.
 
     Raises:
         PlmccError: it is not.
     """
-    allowed = _WINDOWED.get(task)
-    if allowed is None and metric == "exact_match":
-        message = f"exact_match is a metric of {question_answering.TASK}"
-        raise error(
-            "PLM303", message, location, got=f"the task {task}", hint="choose another metric"
-        )
-    if allowed is not None and metric not in allowed:
-        raise error(
-            "PLM303",
-            f"{metric} is not a metric of {task}",
-            location,
-            got=metric,
-            allowed=", ".join(allowed),
-        )
+    allowed, of = METRICS_OF_TASKS[task], task
+    if task == classification.TASK and config is not None:
+        kind = classification.kind_of(config)
+        allowed, of = METRICS_OF_HEADS[kind], _HEADS[kind]
+    if metric not in allowed:
+        message = f"{metric} is not a metric of {of}"
+        raise error("PLM303", message, location, got=metric, allowed=", ".join(allowed))
 
 
 class Evaluator:
@@ -89,6 +99,7 @@ class Evaluator:
         self.model, self.tokenizer = model.eval(), padding(tokenizer)
         self.pooling, self.original = pooling, original
         self.max_length, self.task = max_length, task_of(type(model).__name__)
+        self.kind = classification.kind_of(model.config)
         head = model.get_output_embeddings()
         config = model.config.get_text_config(decoder=True)
         vocabulary = 0 if head is None else int(getattr(config, "vocab_size", 0))
@@ -103,11 +114,16 @@ class Evaluator:
         Raises:
             PlmccError: the rows or the model do not have what the metric needs.
         """
-        check_metric(metric, self.task)
-        if self.task in _WINDOWED:
+        check_metric(metric, self.task, config=self.model.config)
+        if self.task in WINDOWED:
             return 100 * self._windowed(metric, rows)
+        if metric == "mse":
+            return float(metrics.mean_squared_error(rows.numbers(), self.judge(rows)))
         if metric in _CORRELATIONS:
             return 100 * self._correlation(_CORRELATIONS[metric], rows)
+        if self.kind == "labels" and metric in _LABELS:
+            truths = classification.label_sets(rows, self.model.config)
+            return 100 * float(_LABELS[metric](truths, self.judge(rows) > 0))
         if metric in _CLASSES:
             return 100 * self._classification(_CLASSES[metric], rows)
         if metric == "perplexity":
@@ -155,14 +171,16 @@ class Evaluator:
             parts.append((order, self.pooling(last_states(output), batch["attention_mask"]).cpu()))
         return _restored(parts, len(texts))
 
+    def judge(self, rows: Rows, model: PreTrainedModel | None = None) -> Tensor:
+        """Return the logits of rows (N, classes), or (N) of one number; float32."""
+        return self.logits([rows.texts(column) for column in range(len(rows.text))], model)
+
     @torch.no_grad()
-    def judge(self, texts: list[str]) -> Tensor:
-        """Return the logits of pairs of neighbors (N-1, classes), or (N-1) of one class."""
-        pairs = [texts[:-1], texts[1:]]
-        parts = [
-            (order, self._logits(batch).float().cpu()) for order, batch in self._batches(*pairs)
-        ]
-        return _restored(parts, len(texts) - 1).squeeze(-1)
+    def logits(self, columns: Sequence[list[str]], model: PreTrainedModel | None = None) -> Tensor:
+        """As `judge`, of texts or of pairs of texts."""
+        batches = self._batches(*columns)
+        parts = [(order, self._logits(batch, model).float().cpu()) for order, batch in batches]
+        return _restored(parts, len(columns[0])).squeeze(-1)
 
     def _batches(self, *texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of texts of similar length, with the positions they come from."""
@@ -211,6 +229,8 @@ class Evaluator:
         return token_classification.entity_f1(truths, found, names)
 
     def _correlation(self, measure: Callable[[object, object], Any], rows: Rows) -> float:
+        if self.task == classification.TASK:
+            return float(measure(self.judge(rows).numpy(), rows.numbers())[0])
         if len(rows.text) != 2:
             raise error(
                 "PLM301",
@@ -225,17 +245,12 @@ class Evaluator:
     def _classification(
         self, measure: Callable[[list[int], list[int]], float], rows: Rows
     ) -> float:
-        columns = [rows.texts(column) for column in range(len(rows.text))]
-        parts = [
-            (order, self._logits(batch).argmax(-1).cpu())
-            for order, batch in self._batches(*columns)
-        ]
         config = self.model.config
-        labels = check_class_labels(rows, classes_of(self.model), config.label2id)
-        return float(measure(labels, _restored(parts, len(rows)).tolist()))
+        labels = classification.class_labels(rows, int(config.num_labels or 0), config.label2id)
+        return float(measure(labels, self.judge(rows).argmax(-1).tolist()))
 
-    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
-        logits = self.model(**batch).get("logits")
+    def _logits(self, batch: dict[str, Tensor], model: PreTrainedModel | None = None) -> Tensor:
+        logits = (model or self.model)(**batch).get("logits")
         if logits is None or logits.dim() != 2:
             raise error(
                 "PLM303",
@@ -246,15 +261,7 @@ class Evaluator:
         return logits  # type: ignore[no-any-return]
 
     def _perplexity(self, rows: Rows) -> float:
-        """exp of the mean loss of each next token."""
-        if not self.model.can_generate():
-            raise error(
-                "PLM303",
-                "perplexity needs a causal language model",
-                "evaluate",
-                got=type(self.model).__name__,
-                hint="use `fidelity`",
-            )
+        """exp of the mean loss of each next token, or of tokens that are masked at random."""
         total, tokens = 0.0, 0
         for batch, targets_BL in self._next_tokens(rows):
             logits_BLV = self.model(**batch).logits[:, : targets_BL.shape[1]]
@@ -264,9 +271,16 @@ class Evaluator:
         return _exp(total / max(1, tokens))
 
     def _next_tokens(self, rows: Rows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Batches, and what comes next at each place (-100 at padding)."""
+        """Batches, and what is to be predicted at each place: what comes next, or what is masked
+        (-100: nothing)."""
         if self.model.config.is_encoder_decoder:
             yield from ((batch, batch["labels"]) for batch in self._forced(rows))
+            return
+        if self.task == "fill-mask":
+            encoded = self.tokenizer(rows.texts(), truncation=True, max_length=self.max_length)
+            columns = {name: list(column) for name, column in encoded.items()}
+            for _, batch in self._padded(columns, collator(self.task, self.tokenizer)):
+                yield batch, batch.pop("labels")
             return
         for _, batch in self._batches(rows.texts()):
             padding_BL = batch["attention_mask"][:, 1:] == 0
@@ -282,7 +296,7 @@ class Evaluator:
                 hint="add `target:` with the translations",
             )
         pad = collator("translation", self.tokenizer, self.model.config)
-        table = encode(rows, "translation", self.tokenizer, self.max_length, 0)
+        table = encode(rows, "translation", self.tokenizer, self.max_length)
         columns = {name: table[name][:] for name in table.column_names}
         yield from (batch for _, batch in self._padded(columns, pad))
 
@@ -297,12 +311,18 @@ class Evaluator:
         return same / max(1, tokens)
 
     def _fidelity(self, rows: Rows) -> float:
-        """With a head, the share of equal predictions; without one, the mean cosine of pooled
-        outputs with the original's. Of translations, the share of tokens that both would choose
-        next after the beginning of the reference."""
+        """With a head, the share of equal predictions (of a number, the coefficient of
+        determination R²); without one, the mean cosine of pooled outputs with the original's. Of
+        translations, the share of tokens that both would choose next after the beginning of the
+        reference."""
         assert self.original is not None, "fidelity compares with the original"
         if self.model.config.is_encoder_decoder:
             return self._token_fidelity(rows)
+        if self.task == classification.TASK and self.kind != "classes":
+            mine_N, theirs_N = (self.judge(rows, m) for m in (self.model, self.original))
+            if self.kind == "labels":
+                return float(((mine_N > 0) == (theirs_N > 0)).float().mean())
+            return max(0.0, float(metrics.r2_score(theirs_N, mine_N)))
         columns = [rows.texts(column) for column in range(len(rows.text))]
         if self.model.get_output_embeddings() is None and self.model.base_model is self.model:
             columns = [[text for column in columns for text in column]]
@@ -334,8 +354,8 @@ class Evaluator:
             flat = [logits.flatten(0, -2) for logits in outputs]
             count += int(real.sum())
             for *pair, real_N in by_rows(*flat, real.flatten()):
-                theirs_NV, mine_NV = (part[real_N].float().log_softmax(-1) for part in pair)
-                total += float(F.kl_div(mine_NV, theirs_NV, log_target=True, reduction="sum"))
+                theirs_NV, mine_NV = (part[real_N].float() for part in pair)
+                total += float(divergence(theirs_NV, mine_NV, self.kind == "labels").sum())
         return total / max(1, count)
 
     def _with_real(self, rows: Rows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from plmcc.diagnostics import Location, PlmccError, did_you_mean, error
+from plmcc.recipe.metrics import LOWER_IS_BETTER
 
 _BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _UNITS: dict[str, dict[str, float]] = {
@@ -30,7 +31,7 @@ _LIMIT = re.compile(
 
 def lower_is_better(metric: str) -> bool:
     """Say which way a metric goes."""
-    return metric in ("perplexity", "kl_divergence")
+    return metric in LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from plmcc.data import question_answering, token_classification
+from plmcc.data import classification, question_answering, token_classification
 from plmcc.data.collate import collator
 from plmcc.data.encoding import encode
 from plmcc.data.rows import SYNTHETIC, Rows, load_rows, synthetic_rows
-from plmcc.data.tasks import classes_of
 from plmcc.data.token_classification import named_labels
-from plmcc.diagnostics import error
+from plmcc.diagnostics import error, listing
 from plmcc.evaluation.evaluator import check_metric
 from plmcc.ir.calibration import CalibrationData
 from plmcc.ir.probes import positions_of
@@ -25,6 +24,9 @@ from plmcc.training.distillation import Distillation
 from plmcc.training.loop import TrainingData, check_training_data
 from plmcc.training.sequences import with_teacher_targets
 from plmcc.utils.types import Values
+
+_OF_NUMBERS = ("spearman", "pearson", "mse")
+"""Metrics by which text classification is regression."""
 
 
 @dataclass(frozen=True)
@@ -201,11 +203,9 @@ def _encoded(
         notes.append(f"{note} {length} tokens")
     if rows.skipped:
         notes.append(f"{rows.skipped} rows of {rows.source} without text are left out")
-    classes = classes_of(source.model) if source.task == "text-classification" else 0
     if source.task == "translation":
         check_end(source)
-    labels = source.model.config.label2id
-    encoded = encode(rows, source.task, tokenizer, length, classes, labels, data.stride)
+    encoded = encode(rows, source.task, tokenizer, length, source.model.config, data.stride)
     return encoded, notes
 
 
@@ -269,6 +269,11 @@ def rows_of(
     target: str | list[str] | None = None,
 ) -> Rows:
     """Read rows as a task needs them; `names` and `target` are the files."""
+    if isinstance(asked.label, list) and task != classification.TASK:
+        message, several = f"{task} has one column of labels", listing(asked.label)
+        raise error("PLM303", message, "label", got=several, hint="write `label: COLUMN`")
+    if isinstance(asked.label, list):
+        return load_rows(names, asked.text, asked.label, asked.limit, base)
     given = (names, asked.text, asked.label, asked.limit, base)
     if task == question_answering.TASK:
         return question_answering.load_questions(*given)
@@ -297,27 +302,18 @@ def infer_label_space(recipe: Recipe, base: Path | None) -> Values | None:
         return {"num_labels": 2}  # start and end
     if task not in ("text-classification", token_classification.TASK):
         return None
+    number = any(asked.metric in _OF_NUMBERS for asked in recipe.evaluate)
     for stage in recipe.steps():
         if stage.train and stage.train.data.train != SYNTHETIC:
-            rows = rows_of(task, stage.train.data, stage.train.data.train, base)
+            data = stage.train.data
+            rows = rows_of(task, data, data.train, base)
+            if task == classification.TASK:
+                columns = data.label if isinstance(data.label, list) else None
+                return classification.new_head(rows, columns, number)
             if rows.label is None:
                 return {"num_labels": 2}
-            if task == "text-classification":
-                return _named({str(value) for value in rows.labels()})
-            return _named({name for row in named_labels(rows) for name in row})
+            return classification.head_of({name for row in named_labels(rows) for name in row})
     return None
-
-
-def _numbered(labels: set[str]) -> Values:
-    numbers = {int(label) for label in labels if label.lstrip("-").isdigit()}
-    return {"num_labels": max(numbers, default=1) + 1}
-
-
-def _named(labels: set[str]) -> Values:
-    if all(label.isdigit() for label in labels):
-        return _numbered(labels)
-    names = sorted(labels, key=lambda label: (label != "O", label))
-    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
 
 
 def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[Rows]:
@@ -328,5 +324,6 @@ def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[R
         if source.task == "translation":
             check_end(source)
     for index, asked in enumerate(recipe.evaluate):
-        check_metric(asked.metric, source.task, recipe.location(("evaluate", index, "metric")))
+        place = recipe.location(("evaluate", index, "metric"))
+        check_metric(asked.metric, source.task, place, source.model.config)
     return [source_rows(source, asked, asked.data, base, asked.target) for asked in recipe.evaluate]

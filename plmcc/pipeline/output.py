@@ -125,7 +125,7 @@ def _embed(source: Source, model: PreTrainedModel, folder: Path) -> text_probes.
         return None
     evaluator = Evaluator(model, source.tokenizer, source.pooling, None, source.max_length(_LONG))
     if text_probes.is_cross_encoder(folder):
-        return evaluator.judge
+        return lambda texts: evaluator.logits([texts[:-1], texts[1:]])  # pairs of neighbors
     if (folder / MODULES).is_file() and source.task in EMBEDDING:
         prompt = source.pooling.prompt
         return lambda texts: evaluator.embed([prompt + text for text in texts])

@@ -16,9 +16,10 @@ import yaml
 from pydantic import Field, PlainSerializer, PrivateAttr, model_validator
 
 from plmcc.catalog import registry as catalog
-from plmcc.diagnostics import Location
+from plmcc.diagnostics import Location, listing
 from plmcc.pass_base import Pass
 from plmcc.recipe.document import Document, Steps
+from plmcc.recipe.metrics import METRICS_OF_TASKS
 from plmcc.recipe.search_space import Search
 from plmcc.recipe.sections import (
     Calibrate,
@@ -136,6 +137,23 @@ class Recipe(Node):
                 raise invalid(
                     "PLM108", message, "evaluate", index, "metric", hint="choose another metric"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_fit_the_task(self) -> Recipe:
+        if self.task == "auto":
+            return self
+        known = METRICS_OF_TASKS[self.task]
+        for index, asked in enumerate(self.evaluate):
+            if asked.metric not in known:
+                message = f"{asked.metric} is not a metric of {self.task}"
+                at, hint = ("evaluate", index, "metric"), f"choose {listing(list(known))}"
+                raise invalid("PLM303", message, *at, hint=hint)
+            pairs = self.task == "sentence-similarity" and asked.metric in ("spearman", "pearson")
+            if pairs and (isinstance(asked.text, str) or len(asked.text or "ab") == 1):
+                message = f"{asked.metric} of similarities needs two columns of text"
+                hint = "write `text: [COLUMN, COLUMN]`"
+                raise invalid("PLM303", message, "evaluate", index, "text", hint=hint)
         return self
 
     def _steps_at(self) -> list[tuple[Stage, tuple[str | int, ...]]]:

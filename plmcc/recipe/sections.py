@@ -20,6 +20,7 @@ from pydantic import (
 
 from plmcc.pass_base import invalid as invalid
 from plmcc.recipe import training_arguments
+from plmcc.recipe.metrics import Metric
 from plmcc.utils.types import Values
 
 if TYPE_CHECKING:
@@ -31,10 +32,6 @@ else:
 Task = Literal[
     "auto", "sentence-similarity", "feature-extraction", "text-classification", "fill-mask",
     "text-generation", "translation", "question-answering", "token-classification",
-]
-Metric = Literal[
-    "accuracy", "f1", "matthews", "spearman", "pearson", "perplexity", "fidelity", "kl_divergence",
-    "bleu", "chrf", "exact_match",
 ]
 # fmt: on
 Weight = Annotated[float, Field(ge=0)]
@@ -123,8 +120,9 @@ class Data(Node):
     """The translations of `eval`, if they are in separate files."""
     text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """The column, or columns, that hold the text."""
-    label: Text | None = None
-    """The column that holds the label."""
+    label: Text | Annotated[list[Text], Field(min_length=2)] | None = None
+    """The column that holds the label; of several labels at once, a column of lists, or the columns
+    that say by 0 or 1 whether a row has the label of their name."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Tokens after which a text is cut, or a new window of it begins."""
     stride: NonNegativeInt | None = None
@@ -161,8 +159,9 @@ class Calibrate(Node):
     """The translations of `data`, if they are in separate files, line by line."""
     text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """The column, or columns, that hold the text."""
-    label: Text | None = None
-    """The column that holds the label."""
+    label: Text | Annotated[list[Text], Field(min_length=2)] | None = None
+    """The column that holds the label; of several labels at once, a column of lists, or the columns
+    that say by 0 or 1 whether a row has the label of their name."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Tokens after which a text is cut."""
     rows: PositiveInt = 480
@@ -276,16 +275,19 @@ class Evaluate(Node):
 
     metric: Metric
     """What is computed; `fidelity` and `kl_divergence` compare with the original model. `f1` counts
-    words of answers (question answering, like `exact_match`), entities (token classification) or
-    classes. `bleu`, `chrf` and entities need the extra `eval`."""
+    words of answers (question answering, like `exact_match`), entities (token classification),
+    classes (of two the second, of more the mean), or labels (micro). `spearman`, `pearson` and
+    `mse` are of similarities or of a head that predicts a number. `bleu`, `chrf` and entities need
+    the extra `eval`."""
     data: Source
     """A file, a glob or `hub:name[/config][@split]`."""
     target: Source | None = None
     """The translations of `data` where they are a file of their own, line by line."""
     text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """The column, or columns, that hold the text."""
-    label: Text | None = None
-    """The column that holds the label."""
+    label: Text | Annotated[list[Text], Field(min_length=2)] | None = None
+    """The column that holds the label; of several labels at once, a column of lists, or the columns
+    that say by 0 or 1 whether a row has the label of their name."""
     limit: PositiveInt | None = None
     """Use at most this many rows."""
     num_beams: PositiveInt = 4

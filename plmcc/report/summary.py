@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from plmcc.recipe.metrics import LOWER_IS_BETTER
 from plmcc.report.words import dataset_names, number, times
 
 _OWN_ROW = 3
 """Up to how many rewritten modules of one kind have rows of their own."""
-_LOWER_IS_BETTER = ("perplexity", "kl_divergence")
 _FASTER, _SLOWER = 0.97, 1.03
 REST = "everything else"
 
@@ -52,7 +52,7 @@ class Measured(NamedTuple):
     def loss(self) -> float:
         """How much worse than before it is."""
         difference = 0.0 if self.before is None else self.before - self.after
-        return -difference if self.metric in _LOWER_IS_BETTER else difference
+        return -difference if self.metric in LOWER_IS_BETTER else difference
 
 
 class Speed(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from plmcc.data import question_answering, token_classification
+from plmcc.data.classification import TASK, kind_of
 from plmcc.data.rows import data_files
 from plmcc.diagnostics import PlmccError
 from plmcc.models.source import Source
@@ -69,12 +70,14 @@ def _plain(
 ) -> Values:
     """Texts, in as many columns as the recipe names, and labels if it names them."""
     names = [data.text] if isinstance(data.text, str) else data.text or ["text"]
-    labeled = source.task == "text-classification" or data.label is not None
-    label = data.label or "label"
+    labeled = source.task == TASK or data.label is not None
+    label = data.label if isinstance(data.label, str) else "label"
     rows: list[Values] = [{name: sentence() for name in names} for _ in range(_ROWS)]
-    classes = source.model.config.num_labels or 1
+    config = source.model.config
+    kind = kind_of(config) if source.task == TASK else "number"
     for index, row in enumerate(rows if labeled else []):
-        row[label] = draw.random() if source.task == "sentence-similarity" else index % classes
+        one = index % (config.num_labels or 1)
+        row[label] = {"classes": one, "labels": [one], "number": draw.random()}[kind]
     return {"train": _rows(folder, rows), "text": names, "label": label if labeled else None}
 
 

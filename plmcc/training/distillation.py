@@ -10,15 +10,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from plmcc.data import token_classification
+from plmcc.data import classification, token_classification
+from plmcc.data.classification import Kind, kind_of
 from plmcc.data.pooling import Pooling, last_states
 from plmcc.data.tasks import LABELS
 from plmcc.diagnostics import error
 from plmcc.ir.modules import output_depth
 from plmcc.recipe.load import Distill
-from plmcc.utils.numerics import by_rows
+from plmcc.utils.numerics import by_rows, divergence
 from plmcc.utils.types import Values
 
+_AGAIN: Values = {"use_reentrant": False, "preserve_rng_state": False}
+_TEACHER = "train.distill.teacher"
 _LABELED = ("text-classification", token_classification.TASK)
 _SPANS = ("start_logits", "end_logits")
 """What models of extractive question answering return: two distributions over the tokens."""
@@ -41,6 +44,7 @@ class Distillation:
     ) -> None:
         self.teacher, self.pooling, self.settings = teacher.eval(), pooling, settings
         self.task = task
+        self.kind: Kind = kind_of(model.config) if task == classification.TASK else "classes"
         self._check_inputs(model)
         self.order = self._label_order(model) if settings.logits else None
         states = bool(settings.hidden_states or settings.pooled)
@@ -78,6 +82,12 @@ class Distillation:
         """
         if self.task not in _LABELED:
             return None
+        if self.task == classification.TASK and kind_of(self.teacher.config) != self.kind:
+            message = "the teacher's head predicts something else than the model's"
+            kind: str = kind_of(self.teacher.config)
+            raise error("PLM303", message, _TEACHER, got=kind, allowed=self.kind)
+        if self.kind == "number":
+            return None
         mine, theirs = (_labels(part) for part in (model, self.teacher))
         if mine == theirs or (len(mine) == len(theirs) and _is_numbered(mine, theirs)):
             return None
@@ -85,8 +95,7 @@ class Distillation:
             given, allowed = ", ".join(theirs), ", ".join(mine)
             message = "the teacher has other labels than the model"
             hint = "choose a teacher with the model's labels, or name them alike in `id2label`"
-            where = "train.distill.teacher"
-            raise error("PLM303", message, where, got=given, allowed=allowed, hint=hint)
+            raise error("PLM303", message, _TEACHER, got=given, allowed=allowed, hint=hint)
         return [theirs.index(name) for name in mine]
 
     def _check_inputs(self, model: PreTrainedModel) -> None:
@@ -96,7 +105,7 @@ class Distillation:
             message = "the teacher has another vocabulary and would misread every token"
             given = f"{sizes[0]} and {sizes[1]} tokens"
             hint = "choose a teacher with the student's tokenizer, or `original`"
-            raise error("PLM303", message, "train.distill.teacher", got=given, hint=hint)
+            raise error("PLM303", message, _TEACHER, got=given, hint=hint)
         if self.settings.hidden_states or self.settings.pooled:
             widths = [part.config.get_text_config().hidden_size for part in (model, self.teacher)]
             if widths[0] != widths[1]:
@@ -178,31 +187,35 @@ class Distillation:
         return total
 
     def _logits(self, student: Tensor, teacher: Tensor, mask_BL: Tensor) -> Tensor:
-        """KL(teacher || student) at temperature T, times T² (Hinton, Vinyals and Dean, 2015)."""
+        """KL(teacher || student) at temperature T, times T² (Hinton, Vinyals and Dean, 2015); of
+        several labels at once, the sum over these; of a number, the squared error."""
         if student.shape != teacher.shape:
             given = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
             raise error(
                 "PLM303", "student and teacher have different logits", "train.distill", got=given
             )
         teacher = teacher if self.order is None else teacher[..., self.order]
-        warm = self.settings.temperature
+        if self.kind == "number":
+            return F.mse_loss(student.float(), teacher.float())
+        warm, each = self.settings.temperature, self.kind == "labels"
         # What one part keeps for its gradient is computed again: else four copies of all logits
         # in float32, 17 GB for 4,096 tokens of a vocabulary of 262,144.
         rows = by_rows(student.flatten(0, -2), teacher.flatten(0, -2))
         parts = [
-            checkpoint(_divergence, *pair, warm, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                _divergence, *pair, warm, each, use_reentrant=False, preserve_rng_state=False
+            )
             for pair in rows
         ]
-        divergence = torch.cat(parts).view(student.shape[:-1])
-        if divergence.dim() == 2:
-            return (divergence * mask_BL).sum() / mask_BL.sum().clamp(min=1) * warm**2
-        return divergence.mean() * warm**2
+        found = torch.cat(parts).view(student.shape[:-1])
+        if found.dim() == 2:
+            return (found * mask_BL).sum() / mask_BL.sum().clamp(min=1) * warm**2
+        return found.mean() * warm**2
 
 
-def _divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+def _divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float, each: bool) -> Tensor:
     """KL(teacher || student) of each row (N,), in float32."""
-    log_s, log_t = (F.log_softmax(x.float() / temperature, -1) for x in (student_NV, teacher_NV))
-    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+    return divergence(teacher_NV.float() / temperature, student_NV.float() / temperature, each)
 
 
 def _labels(model: PreTrainedModel) -> list[str]:

@@ -172,7 +172,10 @@ def _check_dropout(settings: Train) -> None:
 
 def _check_smoothing(settings: Train, training_data: TrainingData) -> None:
     unlike = ("sentence-similarity", "feature-extraction", "question-answering")
-    classes = training_data.task not in unlike
+    labels = training_data.train.features.get("labels")
+    numbers = getattr(labels, "dtype", "list").startswith(("float", "double", "list"))
+    per_text = training_data.task == "text-classification" and labels is not None
+    classes = training_data.task not in unlike and not (per_text and numbers)
     if settings.arguments.get("label_smoothing_factor") and not classes:
         message = f"{training_data.task} has no classes or tokens whose labels could be smoothed"
         hint = "remove `label_smoothing_factor`"

@@ -348,7 +348,6 @@ def test_windows_that_do_not_move_on_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "location", "fragment"),
     [
-        ({"evaluate": "accuracy"}, "evaluate.0.metric", "exact_match, f1, fidelity"),
         ({"arguments": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor", "no classes"),
         ({"distill": Distill(pooled=0.0, logits=1.0, sequence={})}, "sequence", "no sequences"),  # type: ignore[arg-type]
         ({"target": "train.json"}, "train.data.target", "does not use translations"),
@@ -361,11 +360,9 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_done(
     if "target" in changes:
         chosen = train.data.model_copy(update={"target": str(data / "train.json")})
         train = train.model_copy(update={"data": chosen})
-    elif "evaluate" not in changes:
+    else:
         train = train.model_copy(update=changes)
-    metric, file = changes.get("evaluate"), str(data / "dev.json")
-    asked = [Evaluate.model_validate({"metric": metric, "data": file})] if metric else []
-    recipe = Recipe(task="question-answering", train=train, evaluate=asked)
+    recipe = Recipe(task="question-answering", train=train)
     text = refused(plmcc.apply, recipe, data / "base", data / "never")
     assert location in text
     assert fragment in text
@@ -380,8 +377,8 @@ def test_words_of_other_tasks_are_refused_there(data: Path) -> None:
     assert "`stride` has no effect" in refused(plmcc.apply, recipe, data / "base", data / "never")
     metric = Evaluate(metric="exact_match", data=str(file))
     train = Train(data=Data(train=str(file)))
-    recipe = Recipe(task="text-classification", train=train, evaluate=[metric])
-    assert "is a metric of" in refused(plmcc.apply, recipe, data / "base", data / "never")
+    with pytest.raises(ValueError, match="exact_match is not a metric of text-classification"):
+        Recipe(task="text-classification", train=train, evaluate=[metric])
 
 
 # --- questions without an answer

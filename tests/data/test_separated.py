@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from plmcc.data.rows import check_class_labels, load_rows
+from plmcc.data.classification import class_labels
+from plmcc.data.rows import load_rows
 from plmcc.diagnostics import PlmccError
 
 ROWS = [("w1 w2", "0"), ("w3, w4", "1")]
@@ -28,7 +29,7 @@ def test_delimiters_and_encodings(
     found = load_rows(str(file))
     second = "w3, w4" if delimiter == "\t" else f"w3{delimiter} w4"
     assert found.texts() == ["w1 wü", second]
-    assert check_class_labels(found, 2) == [0, 1]
+    assert class_labels(found, 2) == [0, 1]
 
 
 WRONG = {
@@ -65,7 +66,7 @@ def test_a_line_is_not_named_where_rows_are_no_lines(tmp_path: Path) -> None:
     for text in ("text,label\nw1,good\n\nw2,Good\n", 'text,label\n"w1\nw3",good\nw2,Good\n'):
         file.write_text(text)
         with pytest.raises(PlmccError, match="like that of row 2"):
-            check_class_labels(load_rows(str(file)), 2, {"bad": 0, "good": 1})
+            class_labels(load_rows(str(file)), 2, {"bad": 0, "good": 1})
 
 
 def test_lines_are_counted_in_the_file(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_lines_are_counted_in_the_file(tmp_path: Path) -> None:
     rows = load_rows(str(file))
     assert rows.skipped == 2
     with pytest.raises(PlmccError, match="like that of line 6") as caught:
-        check_class_labels(rows, 2, {"bad": 0, "good": 1})
+        class_labels(rows, 2, {"bad": 0, "good": 1})
     [found] = caught.value.diagnostics
     assert (found.got, found.allowed) == ("'Good'", "whole numbers 0 to 1, or bad, good")
     assert found.hint == "did you mean `good`?"

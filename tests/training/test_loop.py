@@ -606,7 +606,7 @@ def rows_of(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
 
 def test_classification_learns_its_labels(tmp_path: Path) -> None:
     rows = [{"text": f"w{9 + i} w{i % 2} w{40 + i}", "label": i % 2} for i in range(16)]
-    data = encode(rows_of(tmp_path, rows), "text-classification", words(), 32, 2)
+    data = encode(rows_of(tmp_path, rows), "text-classification", words(), 32, classifier().config)
     model = classifier()
     log = train(
         model,
@@ -632,7 +632,7 @@ def test_a_token_of_every_batch_is_masked() -> None:
 @pytest.mark.parametrize(("task", "name"), [("fill-mask", "bert"), ("text-generation", "gpt2")])
 def test_language_models_learn_from_text_alone(tmp_path: Path, task: str, name: str) -> None:
     rows = [{"text": "w1 w2 w3 w4 w5 w6 w7 w8 w9"}] * 8
-    data = encode(rows_of(tmp_path, rows), task, words(), 32, 0)
+    data = encode(rows_of(tmp_path, rows), task, words(), 32)
     model = tiny(name)
     log = losses(
         train(model, settings(arguments={"max_steps": 30}), training_data(task, data), coded(model))
@@ -649,7 +649,7 @@ def test_similarity_learns_from_labeled_pairs(tmp_path: Path) -> None:
         }
         for i, score in enumerate([5.0, 0.0] * 8)
     ]
-    data = encode(rows_of(tmp_path, rows), "sentence-similarity", words(), 32, 0)
+    data = encode(rows_of(tmp_path, rows), "sentence-similarity", words(), 32)
     assert set(data["labels"]) == {0.0, 1.0}
     model = encoder()
     given = training_data("sentence-similarity", data)
@@ -663,7 +663,7 @@ def test_the_loss_of_pairs_is_of_the_right_pairs(tmp_path: Path) -> None:
         {"text_a": "w4", "text_b": "w50 w51 w52 w53", "label": 0},
         {"text_a": "w9 w8", "text_b": "w9 w7", "label": 1},
     ]
-    data = encode(rows_of(tmp_path, rows), "sentence-similarity", words(), 32, 0)
+    data = encode(rows_of(tmp_path, rows), "sentence-similarity", words(), 32)
     model, expected = encoder(), 0.0
     for row in rows:
         with torch.no_grad():
@@ -682,7 +682,7 @@ def test_unlabeled_pairs_are_separate_rows(tmp_path: Path) -> None:
     rows = rows_of(
         tmp_path, [{"text_a": "w1", "text_b": "w2 w3"}, {"text_a": "w4", "text_b": "w5"}]
     )
-    data = encode(rows, "sentence-similarity", words(), 32, 0)
+    data = encode(rows, "sentence-similarity", words(), 32)
     assert [len(ids) for ids in data["input_ids"]] == [3, 3, 4, 3]
     assert "labels" not in data.column_names
 
@@ -692,7 +692,7 @@ def test_labels_outside_the_range_name_the_row(tmp_path: Path, label: object) ->
     values = [0, 1, label, 1]
     rows = [{"text": "w1 w2", "label": str(v) if isinstance(label, str) else v} for v in values]
     with pytest.raises(PlmccError, match="line 3") as caught:
-        encode(rows_of(tmp_path, rows), "text-classification", words(), 32, 2)
+        encode(rows_of(tmp_path, rows), "text-classification", words(), 32, classifier().config)
     (found,) = caught.value.diagnostics
     assert (found.code, found.allowed) == ("PLM302", "whole numbers 0 to 1")
 
@@ -700,18 +700,18 @@ def test_labels_outside_the_range_name_the_row(tmp_path: Path, label: object) ->
 def test_similarity_labels_are_numbers(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [{"text_a": "w1", "text_b": "w2", "label": "much"}])
     with pytest.raises(PlmccError, match="is not a number"):
-        encode(rows, "sentence-similarity", words(), 32, 0)
+        encode(rows, "sentence-similarity", words(), 32)
 
 
 def test_missing_labels_name_the_row(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [{"text": "w1", "label": 1}, {"text": "w2", "label": None}])
     with pytest.raises(PlmccError, match="line 2 has no label"):
-        encode(rows, "text-classification", words(), 32, 2)
+        encode(rows, "text-classification", words(), 32, classifier().config)
 
 
 def test_long_texts_are_cut(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, [{"text": "w1 " * 30}])
-    data = encode(rows, "feature-extraction", words(), 12, 0)
+    data = encode(rows, "feature-extraction", words(), 12)
     assert len(data["input_ids"][0]) == 12
 
 

@@ -1,0 +1,35 @@
+"""Which metrics a task has, and which way they go."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# fmt: off
+Metric = Literal[
+    "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "spearman", "pearson", "mse",
+    "perplexity", "fidelity", "kl_divergence", "bleu", "chrf", "exact_match",
+]
+# fmt: on
+_SIMILARITY = ("spearman", "pearson", "fidelity")
+_LANGUAGE = ("perplexity", "fidelity", "kl_divergence", "spearman", "pearson")
+METRICS_OF_HEADS: dict[str, tuple[str, ...]] = {
+    "number": ("spearman", "pearson", "mse", "fidelity"),
+    "labels": ("f1", "f1_micro", "f1_macro", "accuracy", "fidelity", "kl_divergence"),
+    "classes": (
+        "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "fidelity", "kl_divergence",
+    ),
+}  # fmt: skip
+"""Of text classification, by what the head predicts."""
+METRICS_OF_TASKS: dict[str, tuple[str, ...]] = {
+    "sentence-similarity": _SIMILARITY,
+    "feature-extraction": _SIMILARITY,
+    "text-classification": tuple(
+        dict.fromkeys(name for names in METRICS_OF_HEADS.values() for name in names)
+    ),
+    "fill-mask": _LANGUAGE,
+    "text-generation": _LANGUAGE,
+    "translation": ("bleu", "chrf", "perplexity", "fidelity", "kl_divergence"),
+    "question-answering": ("exact_match", "f1", "fidelity"),
+    "token-classification": ("f1", "accuracy", "fidelity"),
+}
+LOWER_IS_BETTER = ("perplexity", "kl_divergence", "mse")
