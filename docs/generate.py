@@ -35,6 +35,7 @@ _BLOCKS = {
     5: "Command line and files",
 }
 _GUIDES = (
+    "your-data",
     "embedding-tables",
     "translation",
     "pruning",

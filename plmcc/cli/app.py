@@ -15,10 +15,10 @@ import typer
 
 from plmcc.cli import vectors
 from plmcc.cli.apply import apply
-from plmcc.cli.bench import bench
 from plmcc.cli.check_pass import check_pass, new_pass
 from plmcc.cli.compare import compare
 from plmcc.cli.export import export, translate
+from plmcc.cli.measure import bench, evaluate
 from plmcc.cli.plan import check, dry_run, match, plan
 from plmcc.cli.proof import diff, reproduce, verify
 from plmcc.cli.reference import explain, passes, schema
@@ -35,7 +35,13 @@ plmcc apply recipes/demo.yaml sentence-transformers/all-MiniLM-L6-v2 -o small"""
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {"apply": apply},
     "Look": {"check": check, "match": match, "plan": plan, "test": dry_run},
-    "Prove": {"verify": verify, "reproduce": reproduce, "diff": diff, "bench": bench},
+    "Prove": {
+        "verify": verify,
+        "reproduce": reproduce,
+        "diff": diff,
+        "bench": bench,
+        "evaluate": evaluate,
+    },
     "Choose": {"compare": compare, "search": search},
     "Ship": {"export": export, "translate": translate},
     "Extend": {

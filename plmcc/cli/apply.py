@@ -60,6 +60,7 @@ def apply(
     if output is None:
         raise error("PLM502", "the output directory is missing", "--output", hint="add -o DIR")
     output = output_place(output)
+    checked.check_data(model)  # wrong data is refused before torch is imported
     loaded = checked.load()
 
     from rich.console import Console

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from plmcc.experiments.compare import Compared, Comparison
 
 _USAGE = "plmcc compare RECIPE... MODEL"
-_RELATIVE = ("fidelity", "kl_divergence")  # metrics against the original, which need no labels
 _Given = Annotated[
     list[str],
     typer.Argument(
@@ -92,10 +91,10 @@ def _recipes(given: list[str], overrides: list[str] | None) -> list[CheckedRecip
 
 
 def _check_metric(metric: str | None) -> None:
-    from plmcc.recipe.metrics import Metric
+    from plmcc.recipe.metrics import RELATIVE, Metric
 
-    known = [name for name in get_args(Metric) if name not in _RELATIVE]
-    if metric in _RELATIVE:
+    known = [name for name in get_args(Metric) if name not in RELATIVE]
+    if metric in RELATIVE:
         message = f"`{metric}` measures agreement with the original; a comparison needs labels"
         raise error("PLM502", message, "--metric", got=metric, allowed=", ".join(known))
     if metric is not None and metric not in known:

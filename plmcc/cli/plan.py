@@ -10,11 +10,26 @@ from plmcc.cli.options import Format, Model, Output, Overrides, RecipePath, prin
 from plmcc.cli.recipes import check_recipe
 from plmcc.diagnostics import PlmccError, error
 
+_WithData = Annotated[
+    bool,
+    typer.Option("--data", help="Read the data too; MODEL's config.json says what labels fit."),
+]
 
-def check(recipe: RecipePath, overrides: Overrides = None, output: Output = Format.text) -> None:
-    """Check a recipe; no model and no data is needed."""
+
+def check(
+    recipe: RecipePath,
+    model: Model = None,
+    overrides: Overrides = None,
+    data: _WithData = False,
+    output: Output = Format.text,
+) -> None:
+    """Check a recipe, and with --data its files, columns and labels; no weights are read."""
+    rows = 0
     try:
-        steps = check_recipe(recipe, overrides).recipe.steps()
+        checked = check_recipe(recipe, overrides)
+        steps = checked.recipe.steps()
+        if data:
+            rows = checked.check_data(model, large=True)
     except PlmccError as problem:
         if output is Format.text:
             raise
@@ -23,9 +38,12 @@ def check(recipe: RecipePath, overrides: Overrides = None, output: Output = Form
     stages, passes = len(steps), sum(len(step.passes) for step in steps)
     if output is Format.json:
         counts = {"stages": stages, "passes": passes}
+        counts |= {"rows": rows} if data else {}
         print_json({"ok": True, "file": str(recipe), "diagnostics": [], **counts})
     else:
-        typer.echo(f"{recipe}: ok ({_count(stages, 'stage')}, {_count(passes, 'pass')})")
+        found = [_count(stages, "stage"), _count(passes, "pass")]
+        found += [f"{rows:,} rows of data"] if data else []
+        typer.echo(f"{recipe}: ok ({', '.join(found)})")
 
 
 def _count(number: int, noun: str) -> str:

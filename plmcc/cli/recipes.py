@@ -25,6 +25,16 @@ class CheckedRecipe:
         calm()
         return self.recipe.with_code()
 
+    def check_data(self, model: str | None, *, large: bool = False) -> int:
+        """Read the data and check what needs no model; return the number of rows.
+
+        Raises:
+            PlmccError: the first thing that is wrong with it.
+        """
+        from plmcc.data.check import check_data
+
+        return check_data(self.recipe, model, self.path.parent, large)
+
 
 def check_recipe(path: Path, overrides: Sequence[str] | None) -> CheckedRecipe:
     """Return the recipe in a file.

@@ -5,17 +5,23 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, Literal
 
 from plmcc.data.rows import Rows
 from plmcc.diagnostics import PlmccError, error, listing, nearest
 from plmcc.utils.types import Values
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 TASK = "text-classification"
 Kind = Literal["classes", "labels", "number"]
 """What a head predicts: one class, any number of labels, a number (regression)."""
+HEADS: dict[Kind, str] = {
+    "classes": "a head for classes",
+    "labels": "a head for several labels at once",
+    "number": "a head that predicts a number",
+}
 _MULTI_LABEL, _REGRESSION = "multi_label_classification", "regression"
 _SEPARATORS = "|;,"
 

@@ -9,18 +9,18 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from datasets import Dataset
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
 from plmcc.data.rows import Rows, columns_of, data_files, existing, read_table, read_text
 from plmcc.data.windows import Inputs, Window, need_offsets, windows
 from plmcc.diagnostics import PlmccError, error
 from plmcc.utils.types import Values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 TASK = "question-answering"
 _ANSWERS = "answers"
@@ -314,6 +314,8 @@ def best_spans(
 ) -> tuple[list[float], list[int], list[int]]:
     """Return score (the sum of both logits), first and last token of the best span in the context
     of each window, of at most 30 tokens. The score is -inf where there is no context."""
+    import torch  # data are checked without it
+
     device, length = start_BL.device, start_BL.shape[1]
     places_L = torch.arange(length, device=device)
     begin_B1 = torch.tensor([[window.begin] for window in batch], device=device)
@@ -322,7 +324,7 @@ def best_spans(
     starts_BL = start_BL.float().masked_fill(outside_BL, -torch.inf)
     ends_BL = end_BL.float().masked_fill(outside_BL, -torch.inf)
     sums = [
-        starts_BL + F.pad(ends_BL[:, more:], (0, more), value=-torch.inf)
+        starts_BL + torch.nn.functional.pad(ends_BL[:, more:], (0, more), value=-torch.inf)
         for more in range(min(_LONGEST, length))
     ]
     best_BL, more_BL = torch.stack(sums).max(0)

@@ -14,11 +14,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, disable_progress_bars, load_dataset
-from transformers import PreTrainedTokenizerBase
 
 from plmcc.data.separated import options_of
 from plmcc.diagnostics import did_you_mean, error, listing
@@ -26,6 +25,9 @@ from plmcc.recipe.load import Synthetic
 from plmcc.utils.files import matching_files
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SYNTHETIC = "synthetic"
 _BUILDERS = {
@@ -37,6 +39,7 @@ _BUILDERS = {
     ".parquet": "parquet",
 }
 _SINGLE = ("text", "sentence", "content")
+_CHATS = ("messages", "conversations", "chat")
 _PAIRS = (
     ("source", "target"),
     ("src", "tgt"),
@@ -163,12 +166,16 @@ def load_rows(
         table, label = _joined(table, label, name)
     found_label = _label_column(table, label, name)
     texts = zip(*(table[column] for column in columns), strict=True)
-    kept = [i for i, row in enumerate(texts) if all((text or "").strip() for text in row)]
+    kept = [i for i, row in enumerate(texts) if all(_is_there(text) for text in row)]
     if not kept:
         raise error("PLM301", f"every row is empty in {' and '.join(columns)}", name)
     skipped, kept = len(table) - len(kept), kept[:limit]
     first = _first_line(source, base, len(table))
     return Rows(table.select(kept), columns, found_label, name, skipped, tuple(kept), first)
+
+
+def _is_there(text: Any) -> bool:
+    return bool(text) if isinstance(text, list) else bool((text or "").strip())
 
 
 def _first_line(source: str | Sequence[str], base: Path | None, rows: int) -> int:
@@ -351,7 +358,7 @@ def _text_columns(table: Dataset, text: str | Sequence[str] | None, source: str)
     for pair in _PAIRS:
         if set(pair) <= set(names):
             return pair
-    for single in _SINGLE:
+    for single in (*_SINGLE, *_CHATS):
         if single in names:
             return (single,)
     raise error(
@@ -376,10 +383,17 @@ def columns_of(table: Dataset, text: str | Sequence[str] | None, source: str) ->
 
 def _check_text(table: Dataset, columns: Sequence[str], source: str) -> None:
     for column in columns:
+        if len(columns) == 1 and is_chat(table[0][column]):
+            continue
         kind = getattr(table.features[column], "dtype", "nested values")
         if kind not in ("string", "large_string", "null"):
             message = f"the column `{column}` does not contain text"
             raise error("PLM301", message, source, got=kind, hint="choose another one with `text:`")
+
+
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _label_column(table: Dataset, label: str | None, source: str) -> str | None:

@@ -85,7 +85,8 @@ def _check_fields(file: Path, encoding: str, delimiter: str) -> None:
                 columns = columns or len(row)
                 if row and len(row) != columns:
                     what = _NAMES[delimiter]
-                    message = f"this row has {len(row)} fields, and the header has {columns}"
+                    plural = "" if len(row) == 1 else "s"
+                    message = f"this row has {len(row)} field{plural}, the header has {columns}"
                     hint = f"put quotes around a text that contains {what}, or separate by tabs"
                     if delimiter == "\t":
                         hint = "a text must not contain a tab"

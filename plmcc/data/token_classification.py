@@ -6,17 +6,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from plmcc.data.rows import Rows, data_files, existing, read_table, read_text
 from plmcc.data.windows import Inputs, Window, need_offsets, windows
 from plmcc.diagnostics import Location, PlmccError, did_you_mean, error, listing
 from plmcc.utils.extras import library
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TASK = "token-classification"
 IGNORED = -100

@@ -51,11 +51,6 @@ _LABELS: dict[str, Callable[[object, object], float]] = {
         truth, found, average="macro", zero_division=0.0
     ),
 }
-_HEADS = {
-    "classes": "a head for classes",
-    "labels": "a head for several labels at once",
-    "number": "a head that predicts a number",
-}
 _CORRELATIONS: dict[str, Callable[[object, object], object]] = {
     "spearman": stats.spearmanr,
     "pearson": stats.pearsonr,
@@ -76,7 +71,7 @@ def check_metric(
     allowed, of = METRICS_OF_TASKS[task], task
     if task == classification.TASK and config is not None:
         kind = classification.kind_of(config)
-        allowed, of = METRICS_OF_HEADS[kind], _HEADS[kind]
+        allowed, of = METRICS_OF_HEADS[kind], classification.HEADS[kind]
     if metric not in allowed:
         message = f"{metric} is not a metric of {of}"
         raise error("PLM303", message, location, got=metric, allowed=", ".join(allowed))

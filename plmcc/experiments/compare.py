@@ -31,6 +31,7 @@ from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.datasets import infer_label_space, source_rows, training_data_of, with_teacher
 from plmcc.pipeline.run import run
 from plmcc.recipe.load import Evaluate, Recipe
+from plmcc.recipe.metrics import DEFAULT_METRICS
 from plmcc.rewrite import splice
 from plmcc.training.loop import train
 from plmcc.utils.types import Values
@@ -38,15 +39,6 @@ from plmcc.vectors.keyed import evaluate
 from plmcc.vectors.model import Compressed, WordVectors
 
 Say = Callable[[str], None]
-METRICS = {
-    "text-classification": "accuracy",
-    "fill-mask": "perplexity",
-    "text-generation": "perplexity",
-    "translation": "bleu",
-    "question-answering": "f1",
-    "token-classification": "f1",
-}
-"""What a task is judged by unless something else is asked for; other tasks by `spearman`."""
 _LENGTH = 256
 _ALIKE = 0.9
 """A baseline of one recipe stands for that of another whose bytes differ by less than a tenth."""
@@ -141,7 +133,7 @@ def comparison(
     if metric is None:
         task: str = recipes[0][1].task
         task = load_source(model).task if task == "auto" else task
-        metric = METRICS.get(task, "spearman")
+        metric = DEFAULT_METRICS.get(task, "spearman")
     return Comparison(recipes, model, data, metric, base)
 
 

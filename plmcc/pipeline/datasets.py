@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from plmcc.data import classification, question_answering, token_classification
+from plmcc.data import chat, classification, question_answering, token_classification
+from plmcc.data.check import rows_of
 from plmcc.data.collate import collator
 from plmcc.data.encoding import encode
-from plmcc.data.rows import SYNTHETIC, Rows, load_rows, synthetic_rows
+from plmcc.data.rows import SYNTHETIC, Rows, synthetic_rows
 from plmcc.data.token_classification import named_labels
-from plmcc.diagnostics import error, listing
+from plmcc.diagnostics import Location, error
 from plmcc.evaluation.evaluator import check_metric
 from plmcc.ir.calibration import CalibrationData
 from plmcc.ir.probes import positions_of
@@ -261,27 +263,6 @@ def _check_architecture(source: Source, key: str) -> None:
         )
 
 
-def rows_of(
-    task: str,
-    asked: Data | Evaluate,
-    names: str | list[str],
-    base: Path | None,
-    target: str | list[str] | None = None,
-) -> Rows:
-    """Read rows as a task needs them; `names` and `target` are the files."""
-    if isinstance(asked.label, list) and task != classification.TASK:
-        message, several = f"{task} has one column of labels", listing(asked.label)
-        raise error("PLM303", message, "label", got=several, hint="write `label: COLUMN`")
-    if isinstance(asked.label, list):
-        return load_rows(names, asked.text, asked.label, asked.limit, base)
-    given = (names, asked.text, asked.label, asked.limit, base)
-    if task == question_answering.TASK:
-        return question_answering.load_questions(*given)
-    if task == token_classification.TASK:
-        return token_classification.load_sentences(*given)
-    return load_rows(*given, target)
-
-
 def source_rows(
     source: Source,
     asked: Data | Evaluate,
@@ -291,6 +272,8 @@ def source_rows(
 ) -> Rows:
     """Read rows as the task of a model needs them, each text after the model's prompt."""
     rows = rows_of(source.task, asked, names, base, target)
+    if chat.are_chats(rows):
+        return chat.as_text(rows, source.need_tokenizer("reading conversations"))
     return replace(rows, prefix=source.pooling.prompt)
 
 
@@ -316,14 +299,25 @@ def infer_label_space(recipe: Recipe, base: Path | None) -> Values | None:
     return None
 
 
-def evaluation_rows(recipe: Recipe, source: Source, base: Path | None) -> list[Rows]:
-    """Read the rows of every metric; wrong data is an error here, before anything is fitted."""
-    if recipe.evaluate:
+def evaluation_rows(
+    asked: Sequence[Evaluate],
+    source: Source,
+    base: Path | None,
+    places: Sequence[Location | str],
+) -> list[Rows]:
+    """Read the rows of every metric; wrong data is an error here, before anything is fitted.
+
+    Args:
+        asked: the metrics.
+        source: the model, with its tokenizer and task.
+        base: where relative paths start.
+        places: where each metric was asked for, for an error.
+    """
+    if asked:
         _check_architecture(source, "evaluate")
         source.need_tokenizer("evaluation")
         if source.task == "translation":
             check_end(source)
-    for index, asked in enumerate(recipe.evaluate):
-        place = recipe.location(("evaluate", index, "metric"))
-        check_metric(asked.metric, source.task, place, source.model.config)
-    return [source_rows(source, asked, asked.data, base, asked.target) for asked in recipe.evaluate]
+    for one, place in zip(asked, places, strict=True):
+        check_metric(one.metric, source.task, place, source.model.config)
+    return [source_rows(source, one, one.data, base, one.target) for one in asked]

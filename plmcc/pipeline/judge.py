@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,14 @@ from transformers import PreTrainedModel
 
 from plmcc.data import question_answering
 from plmcc.data.rows import Rows
+from plmcc.diagnostics import error, listing
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.evaluation.latency import Latency, measure
-from plmcc.models.source import Source
+from plmcc.models.source import Source, load_source
 from plmcc.pipeline.datasets import evaluation_rows
 from plmcc.recipe.load import Evaluate, Recipe
+from plmcc.recipe.metrics import RELATIVE
+from plmcc.report.result import Log
 
 _EVALUATED = 256  # tokens of a text that evaluation reads
 _WINDOW = 384  # or of a window of a long context, as in the scripts of BERT
@@ -33,7 +37,9 @@ class Judge:
         Raises:
             PlmccError: they cannot be read, or do not fit the metric.
         """
-        return cls(recipe, evaluation_rows(recipe, source, base))
+        asked = recipe.evaluate
+        places = [recipe.location(("evaluate", index, "metric")) for index in range(len(asked))]
+        return cls(recipe, evaluation_rows(asked, source, base, places))
 
     def metrics(self, source: Source, original: PreTrainedModel | None) -> list[float]:
         """Return the value of each metric for a model as it is.
@@ -42,20 +48,70 @@ class Judge:
             source: the model, with its tokenizer.
             original: what `fidelity` and `kl_divergence` compare with.
         """
-        if not self.rows:
-            return []
-        tokenizer = source.need_tokenizer("evaluation")
-        window = source.task == question_answering.TASK
-        length = source.max_length(_WINDOW if window else _EVALUATED)
-
-        def evaluator(asked: Evaluate) -> Evaluator:
-            search = (asked.num_beams, asked.max_new_tokens)
-            return Evaluator(source.model, tokenizer, source.pooling, original, length, *search)
-
-        pairs = zip(self.recipe.evaluate, self.rows, strict=True)
-        return [evaluator(asked).compute(asked.metric, rows) for asked, rows in pairs]
+        return scores(self.recipe.evaluate, self.rows, source, original) if self.rows else []
 
     def latency(self, original: PreTrainedModel, model: PreTrainedModel) -> list[Latency]:
         """Measure both models side by side, compiled where the recipe says so."""
         lower = self.recipe.lower
         return measure(original, model, compiled=lower is not None and "compile" in lower.to)
+
+
+def scores(
+    asked: Sequence[Evaluate],
+    rows: Sequence[Rows],
+    source: Source,
+    original: PreTrainedModel | None,
+) -> list[float]:
+    """Return the value of each metric on its rows."""
+    tokenizer = source.need_tokenizer("evaluation")
+    window = source.task == question_answering.TASK
+    length = source.max_length(_WINDOW if window else _EVALUATED)
+    found = []
+    for one, table in zip(asked, rows, strict=True):
+        search = (one.num_beams, one.max_new_tokens)
+        given = (source.model, tokenizer, source.pooling, original, length, *search)
+        found.append(Evaluator(*given).compute(one.metric, table))
+    return found
+
+
+def evaluate(
+    models: Sequence[str],
+    asked: Callable[[Source], list[Evaluate]],
+    task: str = "auto",
+    log: Log = lambda _: None,
+) -> tuple[list[Evaluate], list[list[float]]]:
+    """Score models on labeled data.
+
+    Args:
+        models: directories or hub ids; metrics of agreement compare with the first.
+        asked: the metrics, by the first model.
+        task: of the models; by default that of their heads.
+        log: is told what is being done.
+
+    Returns:
+        The metrics, and for each model the value of each.
+
+    Raises:
+        PlmccError: a model, the data or a metric does not fit.
+    """
+    first: Source | None = None
+    chosen: list[Evaluate] = []
+    found = []
+    for name in models:
+        source = load_source(name, task)
+        log(f"evaluating {name} ({type(source.model).__name__}, {source.task})")
+        if first is None:
+            first, chosen = source, asked(source)
+        elif any(one.metric in RELATIVE for one in chosen):
+            _check_same_tokens(first, source)
+        rows = evaluation_rows(chosen, source, None, ["--metric"] * len(chosen))
+        found.append(scores(chosen, rows, source, first.model))
+    return chosen, found
+
+
+def _check_same_tokens(first: Source, second: Source) -> None:
+    known = [one.need_tokenizer("evaluation").get_vocab() for one in (first, second)]
+    if known[0] != known[1]:
+        message = "the models have other token ids: their outputs cannot be compared one by one"
+        hint = f"choose a metric that needs no original ({listing(RELATIVE)} do)"
+        raise error("PLM303", message, "--metric", got=f"{first.name}, {second.name}", hint=hint)

@@ -32,4 +32,17 @@ METRICS_OF_TASKS: dict[str, tuple[str, ...]] = {
     "question-answering": ("exact_match", "f1", "fidelity"),
     "token-classification": ("f1", "accuracy", "fidelity"),
 }
+DEFAULT_METRICS = {
+    "sentence-similarity": "spearman",
+    "feature-extraction": "spearman",
+    "text-classification": "accuracy",
+    "fill-mask": "perplexity",
+    "text-generation": "perplexity",
+    "translation": "bleu",
+    "question-answering": "f1",
+    "token-classification": "f1",
+}
+"""What a task is judged by unless something else is asked for."""
+RELATIVE = ("fidelity", "kl_divergence")
+"""Metrics that compare with the original model, and need no labels."""
 LOWER_IS_BETTER = ("perplexity", "kl_divergence", "mse")

@@ -17,7 +17,7 @@ from plmcc.cli.app import app
 PANELS = {
     "Start": ["apply"],
     "Look": ["check", "match", "plan", "test"],
-    "Prove": ["verify", "reproduce", "diff", "bench"],
+    "Prove": ["verify", "reproduce", "diff", "bench", "evaluate"],
     "Choose": ["compare", "search"],
     "Ship": ["export", "translate"],
     "Extend": ["passes", "schema", "new-pass", "check-pass", "explain"],

