@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plmcc.cli.options import Overrides, RecipePath, Weights
-from plmcc.cli.recipes import check_recipe
+from plmcc.cli.recipes import CheckedRecipe, check_recipe
 from plmcc.diagnostics import PlmccError, error
-from plmcc.utils.files import output_place
+from plmcc.utils.files import check_not_local, free, output_place
 
 if TYPE_CHECKING:
     from plmcc.recipe.load import Recipe
@@ -57,10 +57,8 @@ def apply(
 ) -> None:
     """Apply a recipe to a model: rewrite, train, save, and verify in a fresh process."""
     checked = check_recipe(recipe, overrides)
-    if output is None:
-        raise error("PLM502", "the output directory is missing", "--output", hint="add -o DIR")
-    output = output_place(output)
-    checked.check_data(model)  # wrong data is refused before torch is imported
+    output = _place(output)
+    _check_early(checked, model, output, overwrite)
     loaded = checked.load()
 
     from rich.console import Console
@@ -85,6 +83,21 @@ def apply(
     if distributed.is_main_process():
         print_summary(result, Console())
     distributed.destroy()
+
+
+def _place(output: Path | None) -> Path:
+    if output is None:
+        raise error("PLM502", "the output directory is missing", "--output", hint="add -o DIR")
+    return output_place(output)
+
+
+def _check_early(checked: CheckedRecipe, model: str | None, output: Path, overwrite: bool) -> None:
+    """Say "no" in seconds, before torch is imported."""
+    name = model or checked.recipe.model
+    if isinstance(name, str) and not Path(name).exists():
+        check_not_local(name)
+    checked.check_data(model)
+    free(output, overwrite)
 
 
 def _vectors(model: str | None, task: str) -> Any:

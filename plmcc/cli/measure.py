@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -12,6 +13,7 @@ from plmcc.diagnostics import did_you_mean, error
 
 if TYPE_CHECKING:
     from plmcc.evaluation.benchmark import Benchmark, Footprint
+    from plmcc.models.source import Source
     from plmcc.recipe.load import Evaluate
 
 _MODES = ["eager", "compiled"]
@@ -131,30 +133,14 @@ def evaluate(
     output: Output = Format.text,
 ) -> None:
     """Score a model on labeled data, or an original and its result side by side."""
-    columns = {"text": _one_or_more(text), "label": _one_or_more(label), "limit": limit}
     _check_evaluation(models, data, metric or [], task)
 
-    from plmcc.data import classification
-    from plmcc.models.source import Source
     from plmcc.pipeline import judge
-    from plmcc.recipe.load import Evaluate
-    from plmcc.recipe.metrics import DEFAULT_METRICS
     from plmcc.utils.terminal import calm
 
-    def asked(source: Source) -> list[Evaluate]:
-        usual = DEFAULT_METRICS[source.task]
-        if source.task == classification.TASK:
-            kind = classification.kind_of(source.model.config)
-            usual = {"classes": usual, "labels": "f1", "number": "spearman"}[kind]
-        given = {name: value for name, value in columns.items() if value is not None}
-        found = []
-        for name in metric or [usual]:
-            beams = {"num_beams": num_beams} if name in ("bleu", "chrf") else {}
-            other = {"target": target} if target is not None else {}
-            values = {"metric": name, **given, **beams, **other}
-            found += [Evaluate.model_validate({**values, "data": file}) for file in data]
-        return found
-
+    given: dict[str, object] = {"text": _one_or_more(text), "label": _one_or_more(label)}
+    given |= {"limit": limit, "target": target}
+    asked = functools.partial(_asked, metric or [], data, given, num_beams)
     calm()
     chosen, values = judge.evaluate(models, asked, task, lambda line: typer.echo(line, err=True))
     if output is Format.json:
@@ -165,6 +151,27 @@ def evaluate(
         print_json({"models": models, "metrics": rows})
     else:
         _print_scores(models, chosen, values)
+
+
+def _asked(
+    metrics: list[str], data: list[str], given: dict[str, object], num_beams: int, source: Source
+) -> list[Evaluate]:
+    """The metrics on each file; by default the usual one of the model's task."""
+    from plmcc.data import classification
+    from plmcc.recipe.load import Evaluate
+    from plmcc.recipe.metrics import DEFAULT_METRICS
+
+    usual = DEFAULT_METRICS[source.task]
+    if source.task == classification.TASK:
+        kind = classification.kind_of(source.model.config)
+        usual = {"classes": usual, "labels": "f1", "number": "spearman"}[kind]
+    columns = {name: value for name, value in given.items() if value is not None}
+    found = []
+    for name in metrics or [usual]:
+        beams = {"num_beams": num_beams} if name in ("bleu", "chrf") else {}
+        values = {"metric": name, **columns, **beams}
+        found += [Evaluate.model_validate({**values, "data": file}) for file in data]
+    return found
 
 
 def _one_or_more(given: list[str] | None) -> str | list[str] | None:

@@ -78,6 +78,7 @@ def search(
         raise error("PLM502", message, "plmcc search", hint=hint)
     if seed is None:  # several machines should not run the same trials
         seed = checked.recipe.seed if storage is None else secrets.randbelow(2**31)
+    checked.check_data(model)
     loaded = checked.load()
 
     from plmcc.experiments import study as engine

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 TASK = "text-classification"
 Kind = Literal["classes", "labels", "number"]
 """What a head predicts: one class, any number of labels, a number (regression)."""
+Names = Mapping[str, Any]
+"""Ids of labels by their names: `label2id` of a config."""
 HEADS: dict[Kind, str] = {
     "classes": "a head for classes",
     "labels": "a head for several labels at once",
@@ -56,7 +58,7 @@ def targets_of(rows: Rows, config: PreTrainedConfig) -> list[Any]:
     return class_labels(rows, int(config.num_labels or 0), config.label2id)
 
 
-def class_labels(rows: Rows, classes: int, names: Mapping[str, Any] | None = None) -> list[int]:
+def class_labels(rows: Rows, classes: int, names: Names | None = None) -> list[int]:
     """Return integer labels within 0..classes-1; `names` are the model's own names of classes.
 
     Raises:
@@ -79,7 +81,7 @@ def label_sets(rows: Rows, config: PreTrainedConfig) -> list[list[int]]:
     Raises:
         PlmccError: there is no label column, or the head has no such label.
     """
-    names: Mapping[str, Any] = config.label2id or {}
+    names: Names = config.label2id or {}
     count = len(names)
     given = [_listed(value, names) for value in rows.labels(none=[])]
     if _are_indicators(given, count):
@@ -99,7 +101,7 @@ def _are_indicators(given: Sequence[Sequence[Any]], count: int) -> bool:
     )
 
 
-def _listed(value: Any, names: Mapping[str, Any]) -> list[Any]:
+def _listed(value: Any, names: Names) -> list[Any]:
     """The labels of a row."""
     if not isinstance(value, str):
         return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -116,7 +118,7 @@ def _listed(value: Any, names: Mapping[str, Any]) -> list[Any]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _class_of(rows: Rows, row: int, value: Any, classes: int, names: Mapping[str, Any]) -> int:
+def _class_of(rows: Rows, row: int, value: Any, classes: int, names: Names) -> int:
     """The id of a class that is given by its name or its id."""
     value = names.get(str(value), value)
     try:
@@ -128,9 +130,7 @@ def _class_of(rows: Rows, row: int, value: Any, classes: int, names: Mapping[str
     return number
 
 
-def _no_such_label(
-    rows: Rows, row: int, value: object, classes: int, names: Mapping[str, Any]
-) -> PlmccError:
+def _no_such_label(rows: Rows, row: int, value: object, classes: int, names: Names) -> PlmccError:
     known = [name for name in names if name != f"LABEL_{names[name]}"]
     also = f", or {listing(known)}" if known else ""
     near = nearest(str(value), known) or next(

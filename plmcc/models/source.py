@@ -24,7 +24,7 @@ from plmcc.artifact import format as artifact
 from plmcc.artifact.lock import digest
 from plmcc.data.pooling import MODULES, Pooling
 from plmcc.data.tasks import EMBEDDING, auto_class, task_of
-from plmcc.diagnostics import PlmccError, error, listing, nearest
+from plmcc.diagnostics import PlmccError, error, listing
 from plmcc.ir.probes import positions_of
 from plmcc.models.other_files import (
     WEIGHTS,
@@ -33,6 +33,7 @@ from plmcc.models.other_files import (
     notes_of,
     other_files,
 )
+from plmcc.utils.files import check_not_local
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 from plmcc.vectors.files import kind_of
@@ -133,7 +134,7 @@ def load_source(
         source = _vectors(Path(name), broken)
         return replace(source, model=source.model.to("meta")) if meta else source  # type: ignore[arg-type]
     if folder is None:
-        _check_not_local(str(name))
+        check_not_local(str(name))
     config = _config(name)
     folder = folder or _snapshot(str(name))
     found = task_of(_architecture(config), folder)
@@ -226,20 +227,6 @@ def _vectors(file: Path, broken: Literal["refuse", "skip"]) -> Source:
     vectors = load(file, broken=broken)
     model, tokenizer = model_of(vectors)
     return Source(model, "feature-extraction", str(file), tokenizer, notes=vectors.notes)
-
-
-def _check_not_local(name: str) -> None:
-    """Refuse at once what can only have been meant as a directory, before the hub is asked."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        hint = f"pass the directory, {path.parent}"
-        raise error("PLM401", "this is a file, but a model is a directory", name, hint=hint)
-    siblings = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
-    near = nearest(path.name, siblings)
-    inside = path.parent != Path() and path.parent.is_dir()
-    if near or inside or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        hint = f"did you mean `{path.parent / near}`?" if near else ""
-        raise error("PLM401", "there is no such model directory", name, hint=hint)
 
 
 def _model(name: str | Path, kind: Any, options: Values) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -351,7 +338,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
     """
     folder: Path | None = Path(name) if Path(name).is_dir() else None
     if folder is None:
-        _check_not_local(str(name))
+        check_not_local(str(name))
     return _tokenizer(name, folder or _snapshot(str(name)))
 
 

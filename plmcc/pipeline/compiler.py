@@ -15,13 +15,13 @@ from plmcc.models.new import new_source
 from plmcc.models.source import Source, load_source
 from plmcc.pipeline import cache
 from plmcc.pipeline.datasets import infer_label_space
-from plmcc.pipeline.output import free, write
+from plmcc.pipeline.output import write
 from plmcc.pipeline.run import run
 from plmcc.pipeline.verifier import Dump
 from plmcc.recipe.load import Calibrate, Recipe, Scratch, Train
 from plmcc.report.result import Log, Result
 from plmcc.utils import distributed
-from plmcc.utils.files import check_outside
+from plmcc.utils.files import check_outside, free
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from plmcc.artifact.tensors import writing
 from plmcc.artifact.verify import record, reloaded_difference
 from plmcc.data.pooling import MODULES
 from plmcc.data.tasks import EMBEDDING
-from plmcc.diagnostics import error
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.export.exporter import export_model
 from plmcc.export.targets import TARGETS
@@ -23,46 +21,13 @@ from plmcc.models.other_files import copy_other_files
 from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import Recipe
 from plmcc.report.documents import write_documents
-from plmcc.utils.files import is_occupied, output_place, replace_directory, workplace
+from plmcc.utils.files import replace_directory
 
 if TYPE_CHECKING:
     from plmcc.report.result import Result
 
 _LONG = 1 << 20
 _BEAMS = 4  # the most that an export can be asked for, where no figure says how many
-
-
-def free(target: Path, overwrite: bool) -> Path:
-    """Return the output directory if it may be written.
-
-    Raises:
-        PlmccError: it holds something that must not be replaced, or cannot be written.
-    """
-    target = output_place(target)
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise error(
-            "PLM501", "the output directory is a file", str(target), hint="choose another directory"
-        )
-    if is_occupied(target):
-        if not overwrite:
-            hint = "add --overwrite, or choose another directory"
-            raise error("PLM501", "the output directory exists", str(target), hint=hint)
-        if not (target / "plmcc.lock.json").exists():
-            message = "the output directory exists and was not written by plmcc"
-            raise error(
-                "PLM501",
-                message,
-                str(target),
-                hint="remove it yourself, or choose another directory",
-            )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=".plmcc-", dir=workplace(target))).rmdir()
-    except OSError as problem:
-        raise error(
-            "PLM501", f"the output directory cannot be written: {problem.strerror}", str(target)
-        ) from None
-    return target
 
 
 def write(recipe: Recipe, result: Result, target: Path) -> None:

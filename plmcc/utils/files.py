@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from plmcc.diagnostics import did_you_mean, error
+from plmcc.diagnostics import did_you_mean, error, nearest
 
 UNFINISHED = ".unfinished-"
 STAGES = ".plmcc-stages"
@@ -89,6 +89,58 @@ def is_occupied(target: Path) -> bool:
 def workplace(target: Path) -> Path:
     """Return the directory for what precedes an output, on the same file system."""
     return target if is_fixed(target) else target.parent
+
+
+def free(target: Path, overwrite: bool) -> Path:
+    """Return the output directory if it may be written.
+
+    Raises:
+        PlmccError: it holds something that must not be replaced, or cannot be written.
+    """
+    target = output_place(target)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise error(
+            "PLM501", "the output directory is a file", str(target), hint="choose another directory"
+        )
+    if is_occupied(target):
+        if not overwrite:
+            hint = "add --overwrite, or choose another directory"
+            raise error("PLM501", "the output directory exists", str(target), hint=hint)
+        if not (target / "plmcc.lock.json").exists():
+            message = "the output directory exists and was not written by plmcc"
+            raise error(
+                "PLM501",
+                message,
+                str(target),
+                hint="remove it yourself, or choose another directory",
+            )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".plmcc-", dir=workplace(target))).rmdir()
+    except OSError as problem:
+        raise error(
+            "PLM501", f"the output directory cannot be written: {problem.strerror}", str(target)
+        ) from None
+    return target
+
+
+def check_not_local(name: str) -> None:
+    """Refuse at once a model's name that can only have been meant as a directory, before the hub is
+    asked.
+
+    Raises:
+        PlmccError: it is a file, or a directory that does not exist.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        hint = f"pass the directory, {path.parent}"
+        raise error("PLM401", "this is a file, but a model is a directory", name, hint=hint)
+    siblings = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+    near = nearest(path.name, siblings)
+    inside = path.parent != Path() and path.parent.is_dir()
+    if near or inside or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        hint = f"did you mean `{path.parent / near}`?" if near else ""
+        raise error("PLM401", "there is no such model directory", name, hint=hint)
 
 
 @contextmanager
