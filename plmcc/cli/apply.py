@@ -94,6 +94,9 @@ def _place(output: Path | None) -> Path:
 def _check_early(checked: CheckedRecipe, model: str | None, output: Path, overwrite: bool) -> None:
     """Say "no" in seconds, before torch is imported."""
     name = model or checked.recipe.model
+    if name is None:
+        hint = "add MODEL to the command line, or `model:` to the recipe"
+        raise error("PLM502", "no model is given", f"recipe {checked.recipe.name}", hint=hint)
     if isinstance(name, str) and not Path(name).exists():
         check_not_local(name)
     checked.check_data(model)

@@ -189,3 +189,28 @@ def test_torch_is_not_imported_for_it(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["1", "[]"], done.stderr
     assert "label like that of line 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "message"),
+    [
+        (None, "out", "no model is given"),
+        ("modell", "out", "did you mean"),
+        ("model", "model", "the output directory exists"),
+        ("model", "rows.txt", "the output directory is a file"),
+    ],
+)
+def test_what_needs_no_model_is_refused_without_torch(
+    model: str | None, output: str, message: str, tmp_path: Path
+) -> None:
+    recipe, _ = write(tmp_path, "fill-mask", "rows.txt", "w1\n", "", "perplexity")
+    names = [] if model is None else [str(tmp_path / model)]
+    code = (
+        "import sys\nfrom plmcc.cli.app import main\n"
+        "try: main()\nexcept SystemExit as end: print(end.code)\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, "apply", recipe, *names, "-o", str(tmp_path / output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["1", "[]"], done.stderr
+    assert message in done.stderr
