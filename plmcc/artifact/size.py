@@ -16,9 +16,10 @@ from plmcc.ir.forms import Counted
 
 @dataclass(frozen=True)
 class Inventory:
-    """The bytes of a model's tensors by name, and the paths of its tables and stacks of layers."""
+    """The bytes of a model's tensors, and the paths of its tables and stacks of layers."""
 
-    tensors: dict[str, int]
+    tensors: dict[tuple[str, ...], int]
+    """By all names that a tensor has; the first is that of its component."""
     parts: tuple[str, ...]
 
     @classmethod
@@ -29,16 +30,18 @@ class Inventory:
         modules = list(model.named_modules())
         tables = {path for path, module in modules if isinstance(module, nn.Embedding)}
         stacks = {path for path, module in modules if isinstance(module, nn.ModuleList)}
-        sizes = {name: value.nbytes for name, value in _tensors(model, tables).items()}
+        sizes = {names: value.nbytes for names, value in _tensors(model, tables).items()}
         return cls(sizes, (*sorted(tables), *sorted(stacks, key=len)))
 
     def by_component(self, rewritten: Iterable[str] = ()) -> dict[str, int]:
         """Return bytes by component: each rewritten path, the embedding tables, each stack of
         layers, the rest. The same paths make the bytes before and after comparable."""
-        owners = [*rewritten, *self.parts]
-        sizes: dict[str, int] = {}
-        for name, size in self.tensors.items():
-            owner = next((path for path in owners if name.startswith(f"{path}.")), "other")
+        chosen, sizes = [*rewritten], dict[str, int]()
+        for names, size in self.tensors.items():
+            # A rewritten path may be another name of a tensor than the first.
+            pairs = [(path, name) for path in chosen for name in names]
+            pairs += [(path, names[0]) for path in self.parts]
+            owner = next((path for path, name in pairs if name.startswith(f"{path}.")), "other")
             sizes[owner] = sizes.get(owner, 0) + size
         return sizes
 
@@ -96,14 +99,14 @@ def check_file(folder: Path, expected: dict[str, int]) -> None:
         raise error("PLM402", "the weight file does not contain the model", str(folder), got=given)
 
 
-def _tensors(model: PreTrainedModel, tables: set[str]) -> dict[str, Tensor]:
+def _tensors(model: PreTrainedModel, tables: set[str]) -> dict[tuple[str, ...], Tensor]:
     # transformers does not write what the model computes by itself, such as sinusoidal positions.
     unwritten = set(model._keys_to_ignore_on_save or ())
-    found: dict[int, tuple[str, Tensor]] = {}
+    found: dict[int, tuple[list[str], Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name in unwritten:
-            continue
-        first = found.setdefault(id(value), (name, value))[0]
-        if name.rpartition(".")[0] in tables and first.rpartition(".")[0] not in tables:
-            found[id(value)] = (name, value)
-    return dict(found.values())
+        if name not in unwritten:
+            found.setdefault(id(value), ([], value))[0].append(name)
+    return {
+        tuple(sorted(names, key=lambda name: name.rpartition(".")[0] not in tables)): value
+        for names, value in found.values()
+    }
