@@ -20,7 +20,9 @@ from transformers import set_seed
 from plmcc.api import TableSite
 from plmcc.artifact.size import component_bytes, module_bytes
 from plmcc.catalog.registry import load as load_pass
+from plmcc.data.classification import TASK, kind_of
 from plmcc.data.rows import SYNTHETIC
+from plmcc.data.tasks import EMBEDDING
 from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluation.evaluator import Evaluator, check_metric
 from plmcc.experiments.baselines import Baseline, baselines
@@ -30,7 +32,7 @@ from plmcc.kit.tables import common_layout, table_of
 from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.datasets import infer_label_space, source_rows, training_data_of, with_teacher
 from plmcc.pipeline.run import run
-from plmcc.recipe.load import Evaluate, Recipe
+from plmcc.recipe.load import Data, Evaluate, Recipe
 from plmcc.recipe.metrics import DEFAULT_METRICS
 from plmcc.rewrite import splice
 from plmcc.training.loop import train
@@ -91,13 +93,15 @@ class Comparison:
             names = sorted(words, key=words.__getitem__)
             vectors = Compressed(Path(source.name), source.model, names).vectors()
             return tuple(round(evaluate(vectors, file).score, 4) for file in self.data)
-        check_metric(self.metric, source.task, "--metric")
+        check_metric(self.metric, source.task, "--metric", source.model.config)
         length, tokenizer = source.max_length(_LENGTH), source.need_tokenizer("a comparison")
         evaluator = Evaluator(source.model, tokenizer, source.pooling, None, length)
-        plain = Evaluate.model_validate({"metric": self.metric, "data": "-"})
-        rows = [source_rows(source, plain, data, self.base) for data in self.data]
+        columns = {"metric": self.metric, "data": "-", **columns_of(self.recipes)}
+        asked = Evaluate.model_validate(columns)
+        rows = [source_rows(source, asked, data, self.base) for data in self.data]
+        vectors_of = source.task in EMBEDDING and self.metric in ("spearman", "pearson")
         for table in rows:
-            if self.metric in ("spearman", "pearson") and len(table.text) != 2:
+            if vectors_of and len(table.text) != 2:
                 message = f"{self.metric} needs rows of two texts and a number"
                 given, allowed = ", ".join(table.table.column_names), "label, text_a, text_b"
                 hint = "use text pairs; for word similarities, MODEL must be a file of word vectors"
@@ -131,10 +135,24 @@ def comparison(
         recipes = [(name, _untrained(recipe)) for name, recipe in recipes]
         return Comparison(recipes, model, data, "score", base)
     if metric is None:
-        task: str = recipes[0][1].task
-        task = load_source(model).task if task == "auto" else task
-        metric = DEFAULT_METRICS.get(task, "spearman")
+        known = load_source(model, recipes[0][1].task, meta=True)
+        of_heads = {"labels": "f1", "number": "spearman"} if known.task == TASK else {}
+        usual = DEFAULT_METRICS.get(known.task, "spearman")
+        metric = of_heads.get(kind_of(known.model.config), usual)
     return Comparison(recipes, model, data, metric, base)
+
+
+def columns_of(recipes: Sequence[tuple[str, Recipe]]) -> Values:
+    """Return the columns of text and label that the first recipe which names some evaluates on, or
+    trains on."""
+    sections: list[Evaluate | Data] = [one for _, recipe in recipes for one in recipe.evaluate]
+    steps = [stage for _, recipe in recipes for stage in recipe.steps()]
+    sections += [stage.train.data for stage in steps if stage.train]
+    for section in sections:
+        named = {"text": section.text, "label": section.label}
+        if any(named.values()):
+            return {name: value for name, value in named.items() if value is not None}
+    return {}
 
 
 def _untrained(recipe: Recipe) -> Recipe:

@@ -228,3 +228,18 @@ def test_word_vectors_are_judged_by_word_similarity(folder: Path) -> None:
     assert values["rows"][0]["metrics"] != values["rows"][1]["metrics"]
     done = run(folder, *given, "--metric", "bleu")
     assert (done.returncode, "without --metric" in done.stderr) == (1, True)
+
+
+def test_columns_are_those_of_the_recipe(folder: Path) -> None:
+    pairs = (folder / "pairs.tsv").read_text()
+    (folder / "named.tsv").write_text(pairs.replace("label\ttext_a\ttext_b", "s\tone\ttwo"))
+    text = (folder / "codes.yaml").read_text().split("train:")[0]
+    asked = "evaluate: [{metric: spearman, data: named.tsv, text: [one, two], label: s}]\n"
+    (folder / "named.yaml").write_text(text + asked)
+    (folder / "plain.yaml").write_text(text)
+    settings = ["--no-baselines", "--format", "json"]
+    named = run(folder, "named.yaml", "m", "--data", "named.tsv", *settings)
+    plain = run(folder, "plain.yaml", "m", "--data", "pairs.tsv", *settings)
+    assert named.returncode == 0, named.stderr
+    rows = [json.loads(done.stdout)["rows"] for done in (named, plain)]
+    assert [r["metrics"] for r in rows[0]] == [r["metrics"] for r in rows[1]]
