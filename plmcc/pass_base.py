@@ -97,6 +97,12 @@ class Pass(BaseModel):
         not. A recipe without data is then refused before anything is done."""
         return ""
 
+    def speed_target(self) -> tuple[float, int, int] | None:
+        """Return how many times faster the model is to get, at which batch size and sequence length
+        (tokens); None where the options ask for no speed. The finished model is measured there, and
+        a result that is more than 5 % slower than asked is said."""
+        return None
+
     def reads(self) -> list[str]:
         """Return the data files that this pass reads by itself; their digests are recorded."""
         return []

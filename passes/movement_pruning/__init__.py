@@ -173,6 +173,13 @@ class MovementPruning(Pass):
             return ""
         return "`uniform_heads: remove` measures by how much it changes the layers"
 
+    def speed_target(self) -> tuple[float, int, int] | None:
+        """That of `target.latency`."""
+        target = self.target
+        if target is None or target.latency is None:
+            return None
+        return target.latency, target.batch, target.length
+
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the layers that hold something to prune."""
         settings = _settings(self)

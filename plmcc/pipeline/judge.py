@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from plmcc.catalog.registry import name_of
 from plmcc.data import question_answering
 from plmcc.data.rows import Rows
 from plmcc.diagnostics import error, listing
@@ -19,6 +20,7 @@ from plmcc.recipe.load import Evaluate, Recipe
 from plmcc.recipe.metrics import RELATIVE
 from plmcc.report.result import Log
 
+_MISSED = 0.05
 _EVALUATED = 256  # tokens of a text that evaluation reads
 _WINDOW = 384  # or of a window of a long context, as in the scripts of BERT
 
@@ -54,6 +56,24 @@ class Judge:
         """Measure both models side by side, compiled where the recipe says so."""
         lower = self.recipe.lower
         return measure(original, model, compiled=lower is not None and "compile" in lower.to)
+
+
+def missed_speeds(recipe: Recipe, original: PreTrainedModel, model: PreTrainedModel) -> list[str]:
+    """Measure the model where passes were asked for speed; return what was asked and what was got
+    for each that is more than 5 % slower."""
+    found = []
+    for stage in recipe.steps():
+        for one in stage.passes:
+            asked = one.speed_target()
+            if asked is None:
+                continue
+            times, batch, length = asked
+            (row,) = measure(original, model, (batch,), length)
+            if row.ratio * times > 1 + _MISSED:
+                got = f"{1 / row.ratio:.2f} (batch {batch}, {length} tokens, {row.mode})"
+                what = f"{name_of(type(one))} was asked for {times:g} times the speed"
+                found.append(f"{what}; the whole model, measured, has {got}")
+    return found
 
 
 def scores(

@@ -3,6 +3,7 @@ check, prepare, data, match, stages, judge."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
@@ -18,7 +19,7 @@ from plmcc.models.source import Source
 from plmcc.pipeline.cache import StageCache, stage_keys
 from plmcc.pipeline.datasets import StageData, load_data
 from plmcc.pipeline.expected import Expected, check_made, expected_sites
-from plmcc.pipeline.judge import Judge
+from plmcc.pipeline.judge import Judge, missed_speeds
 from plmcc.pipeline.prepare import CHECKS, narrow, prepare, retokenizes, widen
 from plmcc.pipeline.stage import match_stage, run_stage, timed
 from plmcc.pipeline.trial import try_out
@@ -167,6 +168,10 @@ def _judge(
         log("measuring latency")
         work = lambda: judge.latency(original, result.model)  # noqa: E731
         result.latency = timed(work, "latency", result)
+    if original is not None and not dry and distributed.is_main_process():
+        for note in missed_speeds(judge.recipe, original, result.model):
+            log(f"note: {note}")
+            result.source = replace(result.source, notes=(*result.source.notes, note))
 
 
 def _evaluated(
@@ -180,7 +185,8 @@ def _evaluated(
 def _original(recipe: Recipe, source: Source) -> PreTrainedModel | None:
     """Return a copy of the model where a teacher, a metric or a measurement needs it."""
     taught = any(stage.train and stage.train.distill for stage in recipe.steps())
-    needed = taught or bool(recipe.evaluate) or recipe.lower is not None
+    fast = any(p.speed_target() for stage in recipe.steps() for p in stage.passes)
+    needed = taught or fast or bool(recipe.evaluate) or recipe.lower is not None
     return source.original() if needed and not source.scratch else None
 
 
