@@ -38,8 +38,8 @@ def test_a_miss_of_more_than_five_percent_is_said(
     plmcc.apply(recipe, tmp_path / "model", tmp_path / "out", log=said.append)
     assert asked == [((3,), 11)]
     sentence = (
-        "drop_layers was asked for 2 times the speed; the whole model, measured, has 1.60 (batch 3, "
-        "11 tokens, eager)"
+        "drop_layers was asked for 2 times the speed; the whole model, measured, has 1.60 "
+        "(batch 3, 11 tokens, eager)"
     )
     assert (f"note: {sentence}" in said) == missed
     report = json.loads((tmp_path / "out/report.json").read_text())
