@@ -244,7 +244,8 @@ def match_pass(
     misses = [result for result in results if isinstance(result, Miss)]
     if not sites:
         reasons = _reasons(misses) or "nothing was found"
-        message = f"`{catalog.name_of(type(chosen))}` has nothing to rewrite in this model"
+        what = "refuses all that it matches" if misses else "has nothing to rewrite"
+        message = f"`{catalog.name_of(type(chosen))}` {what} in this model"
         raise error(
             "PLM203", message, location, got=reasons, hint="change `targets` or the options"
         )
