@@ -56,7 +56,12 @@ class View(nn.Module):
         # accelerate loads offloaded tensors around `forward`, which this is not.
         hook = getattr(table, "_hf_hook", None)
         if hook is None:
-            products: Tensor = work(values)
+            home = next(table.parameters(), values)
+            apart = isinstance(values, Tensor) and home.device != values.device
+            # A device map may put the head and the table that it shares on two devices.
+            products: Tensor = (
+                work(values.to(home.device)).to(values.device) if apart else work(values)
+            )
         else:
             (moved,), _ = hook.pre_forward(table, values)
             products = hook.post_forward(table, work(moved))

@@ -43,3 +43,9 @@ def test_a_device_computes_what_the_cpu_does(
     assert float(str(line["difference"])) < 1e-4
     assert line["same_tokens"]
     assert line["waits"] == {}
+
+
+def test_a_head_on_another_device_than_its_table(found: dict[str, dict[str, object]]) -> None:
+    line = found["a head elsewhere"]
+    assert line["device"] == "gpu:1"
+    assert float(str(line["difference"])) < 1e-5

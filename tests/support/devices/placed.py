@@ -18,8 +18,11 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from plmcc import Pipeline
+from plmcc.passes.compositional_codes import CompositionalCodes
 from support.devices.agreement import once
 from support.devices.pretended import NAME, pretended, register
+from support.tiny_models import tiny
 
 DEVICE = f"{NAME}:0"
 
@@ -59,7 +62,23 @@ def compare(name: str) -> dict[str, Any]:
     }
 
 
+def head_elsewhere() -> dict[str, Any]:
+    """A head on another device than the coded table that it shares."""
+    model: Any = tiny("qwen3")
+    Pipeline([CompositionalCodes(codebooks=4, codewords=16, rounds=0)])(model)
+    x_BLD = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.lm_head(x_BLD)
+        with pretended():
+            model.to(DEVICE)
+            found = model.lm_head(x_BLD.to(f"{NAME}:1"))
+            place = str(found.device)
+            difference = float((found.cpu() - expected).abs().max())
+    return {"name": "a head elsewhere", "device": place, "difference": difference}
+
+
 if __name__ == "__main__":
     register()
     for given in sys.argv[1:]:
         print(json.dumps(compare(given)), flush=True)
+    print(json.dumps(head_elsewhere()), flush=True)
