@@ -84,7 +84,13 @@ class DecoderStep(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.candidates, self.restrictions = candidates, restrictions
+        banned, self.renormalized = restrictions
+        self.candidates = candidates
+        # A tensor of the program: made in each step, it would be copied to the GPU, which waits,
+        # and no CUDA graph could hold the step.
+        ids_N = torch.tensor(banned, dtype=torch.long, device=model.device) if banned else None
+        self.banned: Tensor | None
+        self.register_buffer("banned", ids_N, persistent=False)
 
     def forward(  # noqa: D102, as the class says
         self,
@@ -113,12 +119,12 @@ class DecoderStep(nn.Module):
                 self.model, token_AN.flatten(), memory, own_mask_A1NP, mask_A11S, cache
             )
         return topk_log_probs(
-            logits_RV.unflatten(0, token_AN.shape), self.candidates, *self.restrictions
+            logits_RV.unflatten(0, token_AN.shape), self.candidates, self.banned, self.renormalized
         )
 
 
 def topk_log_probs(
-    logits_V: Tensor, candidates: int, banned: Sequence[int] = (), renormalized: bool = False
+    logits_V: Tensor, candidates: int, banned: Tensor | None = None, renormalized: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the `candidates` best tokens of each row: log probabilities and ids, best first.
 
@@ -126,9 +132,9 @@ def topk_log_probs(
     none of them; they have their part in the sum of probabilities, unless `renormalized`.
     """
     whole = logits = logits_V.float()
-    if banned:
-        logits = logits.index_fill(-1, torch.tensor(banned, device=logits.device), -math.inf)
-    if renormalized or not banned:
+    if banned is not None:
+        logits = logits.index_fill(-1, banned, -math.inf)
+    if renormalized or banned is None:
         whole = logits
     if candidates == 1:
         scores, tokens = logits.max(-1, keepdim=True)

@@ -18,7 +18,7 @@ import plmcc
 from plmcc.diagnostics import PlmccError
 from plmcc.export.exporter import export_model
 from plmcc.inference import aoti as compiled
-from plmcc.inference.aoti import CompiledPrograms, cache_shapes
+from plmcc.inference.aoti import CompiledPrograms, cache_shapes, step_program
 from plmcc.inference.cuda_graphs import CudaGraphStep
 from plmcc.inference.generate import Generate
 from plmcc.inference.programs import topk_log_probs
@@ -338,6 +338,15 @@ def test_other_banned_tokens_are_left_to_transformers() -> None:
     assert programs.steps == 0
 
 
+def test_banned_tokens_are_part_of_the_program() -> None:
+    """As a constant of the graph they would be copied from the CPU in each step."""
+    module, inputs, shapes = step_program(tiny("marian"), 4, ((0, 7), False))
+    with torch.no_grad():
+        traced = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    assert not traced.constants.keys() & set(traced.graph_signature.lifted_tensor_constants)
+    assert "banned" in traced.graph_signature.buffers
+
+
 @pytest.mark.parametrize("size", [40, 4096])
 @pytest.mark.parametrize("renormalized", [False, True])
 def test_the_best_tokens_are_none_that_are_banned(size: int, renormalized: bool) -> None:
@@ -346,7 +355,7 @@ def test_the_best_tokens_are_none_that_are_banned(size: int, renormalized: bool)
     wanted = logits.log_softmax(-1)
     wanted[:, banned] = -torch.inf
     wanted = wanted.log_softmax(-1) if renormalized else wanted
-    scores, tokens = topk_log_probs(logits, 8, banned, renormalized)
+    scores, tokens = topk_log_probs(logits, 8, torch.tensor(banned), renormalized)
     expected = wanted.topk(8, dim=-1)
     assert torch.equal(tokens, expected.indices)
     assert torch.allclose(scores, expected.values, atol=1e-5)
