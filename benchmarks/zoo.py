@@ -100,6 +100,7 @@ _SIZES = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
     "state_size": 4,
+    "rotary_dim": 4,
 }
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "model_dim")
 _INNER = (
@@ -155,6 +156,10 @@ def small_config(model_type: str) -> Any:
     values = dict(_SIZES) | dict.fromkeys(_WIDTHS, 32) | dict.fromkeys(_INNER, 48)
     values |= dict.fromkeys(_HEADS, 4) | dict.fromkeys(_LAYERS, DEPTH)
     known = config.to_dict()
+    if known.get("vocab_size", 0) is None:  # ESM's default
+        config.vocab_size, config.pad_token_id = _SIZES["vocab_size"], 1
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 1  # checkpoints have one
     for name, value in values.items():
         if isinstance(known.get(name), int) and not isinstance(known[name], bool):
             setattr(config, name, min(known[name], value))

@@ -153,7 +153,7 @@ def training_data_of(
 def _data(
     data: Data, key: str, recipe: Recipe, source: Source, base: Path | None
 ) -> tuple[TrainingData, list[str]]:
-    _check_architecture(source, key.removesuffix(".data"))
+    check_architecture(source, key.removesuffix(".data"))
     collate = collator(source.task, source.tokenizer, source.model.config, recipe.seed)
     options: Values = {"pooling": source.pooling, "seed": recipe.seed}
     if data.train == SYNTHETIC:
@@ -239,8 +239,13 @@ def check_end(source: Source) -> None:
         )
 
 
-def _check_architecture(source: Source, key: str) -> None:
-    """Encoder-decoders are trained on and judged by text in, text out."""
+def check_architecture(source: Source, key: str) -> None:
+    """Check that a model can be trained on text and judged by it: encoder-decoders by text in, text
+    out.
+
+    Raises:
+        PlmccError: it cannot; `key` is the section of the recipe that asks for it.
+    """
     config = source.model.config
     given = type(source.model).__name__
     reads_text = source.model.main_input_name == "input_ids"
@@ -252,7 +257,8 @@ def _check_architecture(source: Source, key: str) -> None:
     if config.is_encoder_decoder and not reads_text:
         message = "models that do not read text can be rewritten, but not trained"
         raise error("PLM303", message, key, got=given, hint=f"remove `{key}`")
-    if config.is_encoder_decoder and config.decoder_start_token_id is None:
+    start = getattr(config, "decoder_start_token_id", None)  # unset, some configs lack it
+    if config.is_encoder_decoder and start is None:
         hint = "set decoder_start_token_id in its config.json"
         raise error(
             "PLM303",
@@ -314,7 +320,7 @@ def evaluation_rows(
         places: where each metric was asked for, for an error.
     """
     if asked:
-        _check_architecture(source, "evaluate")
+        check_architecture(source, "evaluate")
         source.need_tokenizer("evaluation")
         if source.task == "translation":
             check_end(source)

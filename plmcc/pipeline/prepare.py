@@ -15,6 +15,7 @@ from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import PlmccError, error
 from plmcc.export.exporter import check_export
 from plmcc.models.source import Source
+from plmcc.pipeline.datasets import check_architecture
 from plmcc.recipe.load import Recipe
 from plmcc.recipe.needs import check_trained
 from plmcc.report.result import Log
@@ -154,5 +155,14 @@ def _check_trained(recipe: Recipe, _: Source) -> None:
     check_trained(recipe)
 
 
-CHECKS: tuple[Callable[[Recipe, Source], None], ...] = (check_lower, _check_trained)
+def _check_data(recipe: Recipe, source: Source) -> None:
+    """Check that the model fits the sections that give it data."""
+    trained = any(stage.train for stage in recipe.steps())
+    asked = {"train": trained, "calibrate": recipe.calibrate, "evaluate": recipe.evaluate}
+    for key, section in asked.items():
+        if section:
+            check_architecture(source, key)
+
+
+CHECKS: tuple[Callable[[Recipe, Source], None], ...] = (check_lower, _check_trained, _check_data)
 """Checks of a whole recipe on a model: `apply` raises the first error, `plan` lists all."""

@@ -321,3 +321,18 @@ def test_a_model_of_70_billion_weights_is_planned_on_a_laptop(text: str, tmp_pat
     assert made["before"]["flops_per_token"] == pytest.approx(2 * 69.5e9, rel=0.02)
     assert int(peak) < 2e9
     assert float(seconds) < 20  # of a processor; the clock of a busy machine says nothing
+
+
+def test_an_encoder_decoder_without_a_start_token_is_refused_where_data_is_used(
+    tmp_path: Path,
+) -> None:
+    model = tiny("t5")
+    del model.config.decoder_start_token_id  # as a config made by hand
+    model.save_pretrained(tmp_path / "t5")
+    text = "passes: [compressed_attention]\ncalibrate: {data: synthetic}\n"
+    made = plan(recipe_of(text), str(tmp_path / "t5"))
+    (problem,) = made.problems
+    assert "no start token" in problem.message
+    assert plan(
+        recipe_of("passes: [low_rank: {rank: 4, weighting: none}]\n"), str(tmp_path / "t5")
+    ).ok
