@@ -78,6 +78,7 @@ PASSES = {
 }
 _SIZES = {
     "vocab_size": 99,
+    "decoder_vocab_size": 99,
     "max_position_embeddings": 64,
     "n_positions": 64,
     "n_ctx": 64,
