@@ -13,7 +13,11 @@ from typer.testing import CliRunner
 
 from plmcc.cli.app import app
 from plmcc.data.check import check_data
-from plmcc.recipe.load import load_recipe
+from plmcc.data.encoding import encode
+from plmcc.evaluation.evaluator import Evaluator
+from plmcc.models.source import load_source
+from plmcc.pipeline.datasets import source_rows
+from plmcc.recipe.load import Evaluate, load_recipe
 from support.docs_examples import ROOT, blocks
 from support.tiny_models import tiny
 from support.tokenizers import words
@@ -107,3 +111,33 @@ def test_conversations_that_cannot_be_written_out(
     assert done.exit_code == 1
     assert message in str(done.exception)
     assert not Path("small").exists()
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_conversation_has_the_tokens_of_its_template(
+    begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template writes the token of the beginning, or none: the tokenizer adds no other."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = words()
+    tokenizer.bos_token = "[CLS]"
+    tokenizer.chat_template = ("{{ bos_token }} " if begins else "") + TEMPLATE
+    tiny("llama").save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    messages = [{"role": "w1", "content": "w2 w3"}, {"role": "w4", "content": "w5"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    source = load_source("model")
+    rows = source_rows(
+        source, Evaluate(metric="perplexity", data="chats.jsonl"), "chats.jsonl", None
+    )
+    expected = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert encode(rows, source.task, tokenizer, 64)["input_ids"][0] == expected
+    seen: list[Any] = []
+    hook: Any = source.model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    for metric in ("perplexity", "fidelity", "kl_divergence"):
+        Evaluator(source.model, tokenizer, source.pooling, source.model, 64).compute(metric, rows)
+    hook.remove()
+    assert all(ids == expected for ids in seen)
+    assert len(seen) == 5

@@ -10,7 +10,7 @@ import typer
 from plmcc.cli.options import Overrides, RecipePath, Weights
 from plmcc.cli.recipes import CheckedRecipe, check_recipe
 from plmcc.diagnostics import PlmccError, error
-from plmcc.utils.files import check_not_local, free, output_place
+from plmcc.utils.files import free, output_place
 
 if TYPE_CHECKING:
     from plmcc.recipe.load import Recipe
@@ -97,8 +97,6 @@ def _check_early(checked: CheckedRecipe, model: str | None, output: Path, overwr
     if name is None:
         hint = "add MODEL to the command line, or `model:` to the recipe"
         raise error("PLM502", "no model is given", f"recipe {checked.recipe.name}", hint=hint)
-    if isinstance(name, str) and not Path(name).exists():
-        check_not_local(name)
     checked.check_data(model)
     free(output, overwrite)
 

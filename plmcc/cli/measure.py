@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from plmcc.cli.options import Artifact, Format, Output, print_json
-from plmcc.diagnostics import did_you_mean, error
+from plmcc.cli.recipes import check_model
+from plmcc.diagnostics import Diagnostic, PlmccError, did_you_mean, error
 
 if TYPE_CHECKING:
     from plmcc.evaluation.benchmark import Benchmark, Footprint
-    from plmcc.models.source import Source
     from plmcc.recipe.load import Evaluate
 
 _MODES = ["eager", "compiled"]
@@ -133,16 +135,14 @@ def evaluate(
     output: Output = Format.text,
 ) -> None:
     """Score a model on labeled data, or an original and its result side by side."""
-    _check_evaluation(models, data, metric or [], task)
-
-    from plmcc.pipeline import judge
-    from plmcc.utils.terminal import calm
-
+    _check_evaluation(models, data, metric or [], task, text)
     given: dict[str, object] = {"text": _one_or_more(text), "label": _one_or_more(label)}
     given |= {"limit": limit, "target": target}
     asked = functools.partial(_asked, metric or [], data, given, num_beams)
-    calm()
-    chosen, values = judge.evaluate(models, asked, task, lambda line: typer.echo(line, err=True))
+    try:
+        chosen, values = _scores(models, task, asked)
+    except PlmccError as problem:
+        raise PlmccError(*map(_with_options, problem.diagnostics)) from problem.__cause__
     if output is Format.json:
         rows = [
             {"metric": one.metric, "data": one.data, "values": list(row)}
@@ -153,24 +153,68 @@ def evaluate(
         _print_scores(models, chosen, values)
 
 
+def _scores(
+    models: list[str], task: str, asked: Callable[[str, Any], list[Evaluate]]
+) -> tuple[list[Evaluate], list[list[float]]]:
+    """The metrics, and of each model their values. Wrong data is said before torch is imported."""
+    from plmcc.data.check import check_evaluation, head_of
+
+    for name in models:
+        check_model(name)
+    head = head_of(task, models[0])
+    if head.task:
+        check_evaluation(asked(head.task, head), models[0], task)
+
+    from plmcc.pipeline import judge
+    from plmcc.utils.terminal import calm
+
+    calm()
+    log = lambda line: typer.echo(line, err=True)  # noqa: E731
+    return judge.evaluate(models, lambda s: asked(s.task, s.model.config), task, log)
+
+
+def _with_options(found: Diagnostic) -> Diagnostic:
+    """An error that names keys of a recipe, as one that names options."""
+    keys = {"`text:`": "`--text`", "`label:`": "`--label`", "`target:`": "`--target`"}
+    keys |= {"`label: COLUMN`": "`--label COLUMN`", "`task: auto`": "`--task auto`"}
+    texts = [found.hint, found.allowed]
+    for key, option in keys.items():
+        texts = [text.replace(key, option) for text in texts]
+    return replace(found, hint=texts[0], allowed=texts[1])
+
+
 def _asked(
-    metrics: list[str], data: list[str], given: dict[str, object], num_beams: int, source: Source
+    metrics: list[str],
+    data: list[str],
+    given: dict[str, object],
+    num_beams: int,
+    task: str,
+    config: Any,
 ) -> list[Evaluate]:
-    """The metrics on each file; by default the usual one of the model's task."""
+    """The metrics on each file; by default the usual one of the task and of what the head of a
+    config predicts."""
+    from pydantic import ValidationError
+
     from plmcc.data import classification
     from plmcc.recipe.load import Evaluate
     from plmcc.recipe.metrics import DEFAULT_METRICS
 
-    usual = DEFAULT_METRICS[source.task]
-    if source.task == classification.TASK:
-        kind = classification.kind_of(source.model.config)
+    usual = DEFAULT_METRICS[task]
+    if task == classification.TASK:
+        kind = classification.kind_of(config)
         usual = {"classes": usual, "labels": "f1", "number": "spearman"}[kind]
     columns = {name: value for name, value in given.items() if value is not None}
     found = []
     for name in metrics or [usual]:
         beams = {"num_beams": num_beams} if name in ("bleu", "chrf") else {}
         values = {"metric": name, **columns, **beams}
-        found += [Evaluate.model_validate({**values, "data": file}) for file in data]
+        for file in data:
+            try:
+                found.append(Evaluate.model_validate({**values, "data": file}))
+            except ValidationError as problem:
+                first = problem.errors()[0]
+                place = f"--{first['loc'][0]}" if first["loc"] else "--metric"
+                raise error("PLM502", first["msg"], place, got=repr(first["input"])) from None
     return found
 
 
@@ -178,11 +222,15 @@ def _one_or_more(given: list[str] | None) -> str | list[str] | None:
     return given[0] if given is not None and len(given) == 1 else given or None
 
 
-def _check_evaluation(models: list[str], data: list[str], metrics: list[str], task: str) -> None:
+def _check_evaluation(
+    models: list[str], data: list[str], metrics: list[str], task: str, texts: list[str] | None
+) -> None:
     """Refuse what can be known before anything is imported."""
     from plmcc.recipe.metrics import METRICS_OF_TASKS, RELATIVE, Metric
     from plmcc.utils.files import matching_files
 
+    if len(texts or ()) > 2:
+        raise error("PLM502", "a row has one or two texts", "--text", got=" ".join(texts or ()))
     if len(models) > 2:
         message, hint = "more than two models were given", "`plmcc compare` tries several recipes"
         raise error("PLM502", message, "MODEL", got=" ".join(models), hint=hint)
@@ -209,7 +257,7 @@ def _print_scores(models: list[str], asked: list[Evaluate], values: list[list[fl
     from rich.table import Table
 
     from plmcc.recipe.metrics import LOWER_IS_BETTER
-    from plmcc.report.words import dataset_names, number
+    from plmcc.report.words import dataset_names, number, signed
     from plmcc.utils.terminal import console
 
     names = [Path(name).name or name for name in models]
@@ -218,7 +266,7 @@ def _print_scores(models: list[str], asked: list[Evaluate], values: list[list[fl
     files = dataset_names([{"metric": one.metric, "data": one.data} for one in asked])
     for index, (one, file) in enumerate(zip(asked, files, strict=True)):
         row = [column[index] for column in values]
-        change = [f"{row[1] - row[0]:+,.2f}"] if len(row) == 2 else []
+        change = [signed(row[1] - row[0])] if len(row) == 2 else []
         table.add_row(one.metric, file, *map(number, row), *change)
     console().print(table)
     for name in sorted({one.metric for one in asked if one.metric in LOWER_IS_BETTER}):

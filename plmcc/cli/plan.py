@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from plmcc.cli.options import Format, Model, Output, Overrides, RecipePath, print_json
-from plmcc.cli.recipes import check_recipe
+from plmcc.cli.recipes import check_model, check_recipe
 from plmcc.diagnostics import PlmccError, error
 
 _WithData = Annotated[
@@ -68,6 +68,8 @@ def match(
     output: Output = Format.text,
 ) -> None:
     """List the modules that a pattern matches, or, without one, the patterns to choose from."""
+    check_model(model)
+
     from plmcc.models.source import load_source
     from plmcc.planning.match import find, print_found
     from plmcc.utils.terminal import calm, console
@@ -93,7 +95,9 @@ def plan(
 ) -> None:
     """Show what a recipe will do to a model and what it will cost, without reading the weights."""
     try:
-        loaded = check_recipe(recipe, overrides).load()
+        checked = check_recipe(recipe, overrides)
+        check_model(model or checked.recipe.model)
+        loaded = checked.load()
 
         from plmcc.planning.plan import plan as make
         from plmcc.planning.view import print_plan
@@ -120,7 +124,9 @@ def dry_run(
     output: Output = Format.text,
 ) -> None:
     """Run a recipe on a small random copy of a model and check everything that apply promises."""
-    loaded = check_recipe(recipe, overrides).load()
+    checked = check_recipe(recipe, overrides)
+    check_model(model or checked.recipe.model)
+    loaded = checked.load()
 
     from plmcc.testing.dry_run import dry_run as run
     from plmcc.testing.dry_run import print_dry_run

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plmcc.cli.options import Artifact, Format, Output, print_json
+from plmcc.cli.recipes import check_model
+from plmcc.diagnostics import error
 
 if TYPE_CHECKING:
     from plmcc.pipeline.reproduce import Reproduced
@@ -23,8 +25,9 @@ def verify(artifact: Artifact, output: Output = Format.text) -> None:
     """Verify the checksums of an artifact, its tensors, and its outputs in a fresh process."""
     from plmcc.artifact import lock
 
-    if artifact.is_dir():
-        lock.check(artifact)  # before torch is imported
+    if not artifact.is_dir():
+        raise error("PLM401", "the directory does not exist", str(artifact))
+    lock.check(artifact)  # before torch is imported
 
     from plmcc.artifact.verify import prove
     from plmcc.utils.terminal import calm
@@ -126,6 +129,9 @@ def diff(
     ] = None,
 ) -> None:
     """Show the modules in which two models differ, and the difference in size and cost."""
+    for name in (first, second):
+        check_model(name)
+
     from plmcc.planning.diff import cells
     from plmcc.planning.diff import diff as compare
     from plmcc.report.html import document, table

@@ -33,7 +33,20 @@ class CheckedRecipe:
         """
         from plmcc.data.check import check_data
 
+        check_model(model or self.recipe.model)
         return check_data(self.recipe, model, self.path.parent, large)
+
+
+def check_model(name: object) -> None:
+    """Refuse the name of a model that is no directory and no hub id, before torch is imported.
+
+    Raises:
+        PlmccError: it is not.
+    """
+    from plmcc.utils.files import check_not_local
+
+    if isinstance(name, str) and not Path(name).exists():
+        check_not_local(name)
 
 
 def check_recipe(path: Path, overrides: Sequence[str] | None) -> CheckedRecipe:

@@ -18,7 +18,7 @@ _TEXT = "text of the conversation"
 
 def are_chats(rows: Rows) -> bool:
     """Whether the rows are conversations."""
-    return len(rows.text) == 1 and is_chat(rows.table[0][rows.text[0]])
+    return len(rows.text) == 1 and any(is_chat(x) for x in rows.table[:100][rows.text[0]])
 
 
 def messages_of(rows: Rows) -> list[list[dict[str, str]]]:
@@ -40,7 +40,7 @@ def messages_of(rows: Rows) -> list[list[dict[str, str]]]:
 
 
 def as_text(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Return conversations as rows of text.
+    """Return conversations as rows of text, with the special tokens that the template writes.
 
     Raises:
         PlmccError: the tokenizer has no chat template, or it refuses a conversation.
@@ -57,4 +57,5 @@ def as_text(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Rows:
         except Exception as problem:  # what the author of a template raises
             message = f"the chat template refuses {rows.place(row)}: {problem}"
             raise error("PLM302", message, f"{rows.source}: {rows.text[0]}") from None
-    return replace(rows, table=Dataset.from_dict({_TEXT: texts}), text=(_TEXT,))
+    table = Dataset.from_dict({_TEXT: texts})
+    return replace(rows, table=table, text=(_TEXT,), verbatim=True)

@@ -131,7 +131,8 @@ def _class_of(rows: Rows, row: int, value: Any, classes: int, names: Names) -> i
 
 
 def _no_such_label(rows: Rows, row: int, value: object, classes: int, names: Names) -> PlmccError:
-    known = [name for name in names if name != f"LABEL_{names[name]}"]
+    ordered = sorted(names, key=lambda name: int(names[name]))
+    known = [name for name in ordered if name != f"LABEL_{names[name]}"]
     also = f", or {listing(known)}" if known else ""
     near = nearest(str(value), known) or next(
         (name for name in known if name.casefold() == str(value).casefold()), ""

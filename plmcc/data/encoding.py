@@ -29,7 +29,7 @@ def encode(
     (scaled by the largest and smallest label); without labels, the two texts of a pair are separate
     rows.
     """
-    tokenize = _Tokenize(tokenizer, max_length)
+    tokenize = _Tokenize(tokenizer, max_length, not rows.verbatim)
     if task == question_answering.TASK:
         return question_answering.encode_questions(rows, tokenizer, max_length, stride)
     if task == token_classification.TASK:
@@ -75,9 +75,11 @@ def targets(
 class _Tokenize:
     tokenizer: PreTrainedTokenizerBase
     length: int
+    special: bool = True
 
     def __call__(self, *texts: list[str]) -> Values:
-        return dict(self.tokenizer(*texts, truncation=True, max_length=self.length))
+        options = {"truncation": True, "max_length": self.length}
+        return dict(self.tokenizer(*texts, **options, add_special_tokens=self.special))
 
 
 def _labeled_pairs(rows: Rows, tokenize: _Tokenize) -> Dataset:

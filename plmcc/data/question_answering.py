@@ -197,7 +197,7 @@ def encode_questions(
     inputs, made = question_windows(rows, tokenizer, max_length, stride)
     columns: Values = dict(inputs)
     if rows.label is not None:
-        firsts = _checked(rows)
+        firsts = checked_answers(rows)
         pairs = [_positions(w, firsts[w.row]) or (w.whole, w.whole) for w in made]
         columns["start_positions"] = [first for first, _ in pairs]
         columns["end_positions"] = [last for _, last in pairs]
@@ -239,8 +239,12 @@ def _cut(texts: list[str], tokenizer: PreTrainedTokenizerBase, longest: int) -> 
     return [t if len(span) <= longest else t[: span[longest - 1][1]] for t, span in pairs]
 
 
-def _checked(rows: Rows) -> list[Answer | None]:
-    """Return the first answers, without spaces around them; None where there is none."""
+def checked_answers(rows: Rows) -> list[Answer | None]:
+    """Return the first answers, without spaces around them; None where there is none.
+
+    Raises:
+        PlmccError: an answer does not stand in its context where it says.
+    """
     found: list[Answer | None] = []
     pairs = zip(rows.texts(1), answers_of(rows), strict=True)
     for row, (context, answers) in enumerate(pairs):

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import glob
 import gzip
+import json
+import logging
+import math
 import sys
 import zlib
 from collections.abc import Sequence
@@ -39,6 +42,8 @@ _BUILDERS = {
     ".parquet": "parquet",
 }
 _SINGLE = ("text", "sentence", "content")
+_LOOKED_AT = 100
+"""Rows that show what a column holds."""
 _CHATS = ("messages", "conversations", "chat")
 _PAIRS = (
     ("source", "target"),
@@ -71,6 +76,8 @@ class Rows:
     """The line of row 0 in its file; 0 where rows are no lines of one file."""
     prefix: str = ""
     """What is put before each text: the prompt of the model."""
+    verbatim: bool = False
+    """Whether the texts have their special tokens already, as a chat template writes them."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -94,8 +101,11 @@ class Rows:
         found = []
         for row, value in enumerate(self.labels()):
             try:
-                found.append(float(value))
+                number = float(value)
             except (TypeError, ValueError):
+                number = math.nan
+            found.append(number)
+            if not math.isfinite(number):
                 location = f"{self.source}: {self.label}"
                 raise error(
                     "PLM302",
@@ -163,7 +173,7 @@ def load_rows(
         table, text, label = _aligned(table, text, name, target, base), None, None
     columns = columns_of(table, text, name)
     if label is not None and not isinstance(label, str):
-        table, label = _joined(table, label, name)
+        table, label = _joined(table, label, name, _first_line(source, base, len(table)))
     found_label = _label_column(table, label, name)
     texts = zip(*(table[column] for column in columns), strict=True)
     kept = [i for i, row in enumerate(texts) if all(_is_there(text) for text in row)]
@@ -339,15 +349,36 @@ def _read(suffix: str, files: list[Path]) -> Dataset:
         options = {"encoding": "utf-8-sig"}
     paths = [str(file) for file in files]
     names = [glob.escape(path) for path in paths]  # the library takes them for patterns
+    # What the library logs of a file that it cannot read is said below, with its line.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
         return load_dataset(_BUILDERS[suffix], data_files=names, split="train", **options)
     except Exception as problem:  # as above
         reason = problem.__cause__ or problem
+        for file in files if suffix in (".json", ".jsonl") else ():
+            _check_lines(file)
         if "corresponds to no data" in str(reason):
             raise error("PLM301", "there are no rows", ", ".join(paths)) from None
         raise error(
             "PLM301", f"the file cannot be read: {first_line(reason)}", ", ".join(paths)
         ) from None
+
+
+def _check_lines(file: Path) -> None:
+    """Name the line of a JSON-lines file that is no JSON.
+
+    Raises:
+        PlmccError: there is one.
+    """
+    lines = read_text(file).splitlines()
+    if lines and lines[0].lstrip().startswith("["):
+        return
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line or "{}")
+        except ValueError as problem:
+            message = f"this line is no JSON: {first_line(problem)}"
+            raise error("PLM301", message, f"{file}:{number}") from None
 
 
 def _text_columns(table: Dataset, text: str | Sequence[str] | None, source: str) -> tuple[str, ...]:
@@ -358,9 +389,12 @@ def _text_columns(table: Dataset, text: str | Sequence[str] | None, source: str)
     for pair in _PAIRS:
         if set(pair) <= set(names):
             return pair
-    for single in (*_SINGLE, *_CHATS):
+    for single in _SINGLE:
         if single in names:
             return (single,)
+    for chat in _CHATS:
+        if chat in names and any(is_chat(value) for value in table[:_LOOKED_AT][chat]):
+            return (chat,)
     raise error(
         "PLM301",
         "the text column is unknown",
@@ -383,12 +417,15 @@ def columns_of(table: Dataset, text: str | Sequence[str] | None, source: str) ->
 
 def _check_text(table: Dataset, columns: Sequence[str], source: str) -> None:
     for column in columns:
-        if len(columns) == 1 and is_chat(table[0][column]):
+        if len(columns) == 1 and any(is_chat(value) for value in table[:_LOOKED_AT][column]):
             continue
-        kind = getattr(table.features[column], "dtype", "nested values")
-        if kind not in ("string", "large_string", "null"):
-            message = f"the column `{column}` does not contain text"
-            raise error("PLM301", message, source, got=kind, hint="choose another one with `text:`")
+        if getattr(table.features[column], "dtype", "") in ("string", "large_string", "null"):
+            continue
+        values = enumerate(table[column], 1)
+        row, value = next(((n, v) for n, v in values if not isinstance(v, str)), (0, "a number"))
+        message = f"the column `{column}` does not contain text in row {row}"
+        hint = "choose another one with `text:`"
+        raise error("PLM301", message, source, got=repr(value)[:80], hint=hint)
 
 
 def is_chat(value: object) -> bool:
@@ -402,7 +439,7 @@ def _label_column(table: Dataset, label: str | None, source: str) -> str | None:
     return next((name for name in _LABELS if name in table.column_names), None)
 
 
-def _joined(table: Dataset, columns: Sequence[str], source: str) -> tuple[Dataset, str]:
+def _joined(table: Dataset, columns: Sequence[str], source: str, first: int) -> tuple[Dataset, str]:
     """Make one column of lists from columns of 0 and 1."""
     for column in columns:
         existing(column, table.column_names, source)
@@ -410,7 +447,8 @@ def _joined(table: Dataset, columns: Sequence[str], source: str) -> tuple[Datase
     for column in columns:
         for row, value in enumerate(table[column]):
             if str(value).strip() not in _YES + _NO:
-                message = f"the column `{column}` says of a label whether row {row + 1} has it"
+                place = f"line {row + first}" if first else f"row {row + 1}"
+                message = f"the column `{column}` does not hold 0 or 1 in {place}"
                 given, allowed = repr(value), "0 or 1"
                 raise error("PLM302", message, source, got=given, allowed=allowed)
             if str(value).strip() in _YES:

@@ -50,6 +50,10 @@ WINDOWED = (question_answering.TASK, token_classification.TASK)
 """Tasks whose labels are places in a text, and whose texts are read in windows."""
 
 
+LABELED = ("text-classification", *WINDOWED)
+"""Tasks whose heads are made for labeled data."""
+
+
 LABELS = ("labels", "start_positions", "end_positions")
 """What a batch holds for the loss of the task."""
 

@@ -177,9 +177,12 @@ class Evaluator:
         parts = [(order, self._logits(batch, model).float().cpu()) for order, batch in batches]
         return _restored(parts, len(columns[0])).squeeze(-1)
 
-    def _batches(self, *texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    def _batches(
+        self, *texts: list[str], special: bool = True
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of texts of similar length, with the positions they come from."""
-        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        options = {"truncation": True, "max_length": self.max_length}
+        encoded = self.tokenizer(*texts, **options, add_special_tokens=special)
         pad = collator("feature-extraction", self.tokenizer)
         yield from self._padded({name: list(column) for name, column in encoded.items()}, pad)
 
@@ -277,7 +280,7 @@ class Evaluator:
             for _, batch in self._padded(columns, collator(self.task, self.tokenizer)):
                 yield batch, batch.pop("labels")
             return
-        for _, batch in self._batches(rows.texts()):
+        for _, batch in self._batches(rows.texts(), special=not rows.verbatim):
             padding_BL = batch["attention_mask"][:, 1:] == 0
             yield batch, batch["input_ids"][:, 1:].masked_fill(padding_BL, -100)
 
@@ -322,7 +325,7 @@ class Evaluator:
         if self.model.get_output_embeddings() is None and self.model.base_model is self.model:
             columns = [[text for column in columns for text in column]]
         agreements: list[Tensor] = []
-        for _, batch in self._batches(*columns):
+        for _, batch in self._batches(*columns, special=not rows.verbatim):
             mine, theirs = (self._signature(model, batch) for model in (self.model, self.original))
             same = (
                 F.cosine_similarity(mine, theirs, dim=-1)
@@ -359,7 +362,7 @@ class Evaluator:
             yield from ((batch, batch["labels"] != -100) for batch in self._forced(rows))
             return
         columns = [rows.texts(column) for column in range(len(rows.text))]
-        for _, batch in self._batches(*columns):
+        for _, batch in self._batches(*columns, special=not rows.verbatim):
             mask_BL = batch["attention_mask"].bool()
             yield batch, (mask_BL.any(-1) if self.task == "text-classification" else mask_BL)
 

@@ -23,7 +23,7 @@ from transformers import (
 from plmcc.artifact import format as artifact
 from plmcc.artifact.lock import digest
 from plmcc.data.pooling import MODULES, Pooling
-from plmcc.data.tasks import EMBEDDING, auto_class, task_of
+from plmcc.data.tasks import EMBEDDING, LABELED, auto_class, task_of
 from plmcc.diagnostics import PlmccError, error, listing
 from plmcc.ir.probes import positions_of
 from plmcc.models.other_files import (
@@ -52,6 +52,8 @@ class Source:
     pooling: Pooling = field(default_factory=Pooling)
     notes: tuple[str, ...] = ()
     """What the user should know of the loaded weights: new heads, unused tensors."""
+    new_head: bool = False
+    """Whether the head for the task is new and random: then it has no metrics."""
     scratch: bool = False
     """Whether the weights are random: then nothing is compared with them."""
     retokenized: bool = False
@@ -157,7 +159,15 @@ def load_source(
     pooling = _pooling(folder, tokenizer) if chosen in EMBEDDING else Pooling()
     notes += (f"embeddings: {pooling.told}",) if pooling.told else ()
     source = Source(
-        model, chosen, str(name), tokenizer, folder, pooling, notes, retokenized=bool(padded)
+        model,
+        chosen,
+        str(name),
+        tokenizer,
+        folder,
+        pooling,
+        notes,
+        found != chosen and chosen in LABELED,
+        retokenized=bool(padded),
     )
     return replace(source, notes=(*source.notes, *notes_of(source.other_files())))
 

@@ -66,7 +66,8 @@ def run(
     for check in CHECKS:
         check(recipe, source)
     judge = Judge.of(recipe, source, base)
-    compares = bool(judge.rows) and not (source.scratch or dry)  # random weights have no baseline
+    # Random weights, or a random head, have no baseline.
+    compares = bool(judge.rows) and not (source.scratch or source.new_head or dry)
     # The original has to be measured with its own tokenizer.
     early = compares and retokenizes(recipe)
     baseline = _evaluated(judge, source, None, log, "the original") if early else []

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from plmcc.recipe.metrics import LOWER_IS_BETTER
-from plmcc.report.words import dataset_names, number, times
+from plmcc.report.words import dataset_names, number, signed, times
 
 _OWN_ROW = 3
 """Up to how many rewritten modules of one kind have rows of their own."""
@@ -46,7 +46,7 @@ class Measured(NamedTuple):
     @property
     def change(self) -> str:
         """The signed difference, or nothing without a `before`."""
-        return "" if self.before is None else f"{self.after - self.before:+,.2f}"
+        return "" if self.before is None else signed(self.after - self.before)
 
     @property
     def loss(self) -> float:

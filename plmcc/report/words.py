@@ -43,8 +43,17 @@ def times(before: int, after: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a metric; "-" where there is none, as of random weights."""
-    return "-" if value is None else f"{value:,.2f}"
+    """Return a metric with two decimals, three digits of small and of huge ones; "-" where there is
+    none, as of random weights."""
+    if value is None:
+        return "-"
+    plain = value == 0 or 0.1 <= abs(value) < 1e7
+    return f"{value:,.2f}" if plain else f"{value:.3g}"
+
+
+def signed(value: float) -> str:
+    """Return a difference of metrics with its sign."""
+    return ("-" if value < 0 else "+") + number(abs(value))
 
 
 def dataset_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -65,12 +65,17 @@ WRONG: list[tuple[str, str, str, str, str]] = [
     ("text-classification", "rows.xlsx", "w1", "", "not supported"),
     ("text-classification", "rows.jsonl", '{"text": "w1", "label"', "", "PLM301"),
     ("text-classification", "rows.jsonl", '{"text": 3, "label": 1}\n', "", "not contain text"),
+    ("text-classification", "rows.csv", "text,verdict\nw1,hot\n", "", "labels are needed"),
+    ("text-classification", "rows.jsonl", '{"text": "w"}\n{"text" 1}\n', "", "rows.jsonl:2"),
+    ("text-classification", "rows.jsonl", '{"text": 3}\n{"text": "w"}\n', "", "in row 1"),
     ("several labels", "rows.jsonl", '{"text": "w", "label": ["wam"]}\n', "", "line 1"),
     ("several labels", "rows.jsonl", '{"text": "w", "label": [3]}\n', "", "whole numbers 0 to 1"),
     ("several labels", "rows.csv", "text,cold,hot\nw1,1,yes\n", "label: [cold, hot]", "0 or 1"),
     ("several labels", "rows.csv", "text,cold\nw1,1\n", "label: [cold, hot]", "no column `hot`"),
     ("a number", "rows.csv", "text,label\nw1,good\n", "", "line 2 is not a number"),
     ("a number", "rows.csv", "text,label\nw1,0.5\nw2,\n", "", "line 3 has no label"),
+    ("a number", "rows.csv", "text,label\nw1,0.5\nw2,nan\n", "", "line 3 is not a number"),
+    ("a number", "rows.jsonl", '{"text": "w", "label": Infinity}\n', "", "PLM30"),
     ("token-classification", "rows.conll", "w1 O\nw2 B-PRE\n", "", "`B-PER`"),
     ("token-classification", "rows.conll", "w1 O\nw2\n", "", "PLM30"),
     ("token-classification", "rows.conll", "\n\n", "", "PLM301"),
@@ -168,6 +173,46 @@ def test_a_metric_of_another_head_is_placed(task: str, tmp_path: Path) -> None:
         run("check", *given, "--data")
     location: Any = caught.value.diagnostics[0].location
     assert (location.line, location.column) == (3, 21)
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    given = write(tmp_path, "text-classification", "rows.csv", "text,label\nw1,warm\n", "", "mse")
+    recipe = Path(given[0])
+    more = "evaluate: [{metric: accuracy, data: nowhere.csv}, "
+    recipe.write_text(recipe.read_text().replace("evaluate: [", more))
+    with pytest.raises(PlmccError) as caught:
+        run("check", *given, "--data")
+    messages = " | ".join(one.message for one in caught.value.diagnostics)
+    assert "label like that of line 2" in messages
+    assert "does not exist" in messages
+    assert "mse is not a metric of" in messages
+
+
+def test_a_question_is_learned_only_with_its_answer_in_place(tmp_path: Path) -> None:
+    wrong = _QUESTION.replace("[3]", "[2]")
+    recipe, model = write(tmp_path, "question-answering", "rows.jsonl", wrong, "", "f1")
+    assert "rows of data" in run("check", recipe, model, "--data")  # only its text is judged
+    with Path(recipe).open("a") as file:
+        file.write("train: {data: {train: rows.jsonl}, arguments: {max_steps: 1}}\n")
+    with pytest.raises(PlmccError, match="not at character 2"):
+        run("check", recipe, model, "--data")
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    recipe, model = write(tmp_path, "fill-mask", "rows.txt", "w1\n", "", "perplexity")
+    (Path(model) / "config.json").write_text("{")
+    with pytest.raises(PlmccError, match=r"config\.json cannot be read"):
+        run("check", recipe, model, "--data")
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    rows = '{"messages": [{"role": "user", "content": "a"}]}\n'
+    recipe, model = write(tmp_path, "text-generation", "rows.jsonl", rows, "", "perplexity")
+    (Path(model) / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(PlmccError, match="no chat template"):
+        run("check", recipe, model, "--data")
+    (Path(model) / "chat_template.jinja").write_text("x")
+    assert "1 rows of data" in run("check", recipe, model, "--data")
 
 
 def test_what_the_data_are_for_has_to_be_known(tmp_path: Path) -> None:

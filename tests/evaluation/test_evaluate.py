@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,11 @@ def test_an_original_and_its_result_stand_side_by_side(folder: Path) -> None:
         (["model", "--data", "rows.jsonl", "--text", "t", "--label", "z"], "no column `z`"),
         (["model", "--data", "rows.jsonl", "--text", "t"], "no column contains them"),
         (["model", "--data", "rows.jsonl", "--metric", "bleu", "--text", "t"], "not a metric of"),
-        (["nowhere", "--data", "rows.jsonl"], "nowhere"),
+        (["nowhere", "--data", "rows.jsonl", "--text", "t", "--label", "y"], "nowhere"),
+        (["model", "--data", "hub:"], "not a valid hub dataset"),
+        (["model", "--data", "rows.jsonl", "--text", ""], "--text"),
+        (["model", "--data", "rows.jsonl", *("--text", "t") * 3], "one or two texts"),
+        (["model", "--data", "rows.jsonl"], "one or two columns that `--text` names"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -119,6 +125,35 @@ def test_other_token_ids_are_not_compared_one_by_one(folder: Path, tmp_path: Pat
     names = [str(folder / "model"), str(tmp_path / "other")]
     with pytest.raises(PlmccError, match="other token ids"):
         run(*names, *columns(folder), "--metric", "fidelity")
+
+
+def test_a_model_without_a_head_has_no_metrics(folder: Path, tmp_path: Path) -> None:
+    tiny("bert").base_model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    words().save_pretrained(tmp_path / "base")
+    numbers = "".join(json.dumps({"t": f"w{i}", "y": i % 2}) + "\n" for i in range(4))
+    (tmp_path / "rows.jsonl").write_text(numbers)
+    asked = ["--task", "text-classification", *columns(tmp_path)]
+    with pytest.raises(PlmccError, match="no head for text-classification"):
+        run(str(tmp_path / "base"), *asked)
+    with pytest.raises(PlmccError, match="for different tasks"):
+        run(str(folder / "model"), str(tmp_path / "base"), *columns(folder))
+
+
+def test_torch_is_not_imported_to_refuse_data(folder: Path) -> None:
+    code = (
+        "import sys\nfrom plmcc.cli.app import main\n"
+        "try: main()\nexcept SystemExit as end: print(end.code)\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    arguments = ["evaluate", "model", "--data", "rows.jsonl", "--text", "t", "--label", "z"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+    )
+    assert done.stdout.splitlines() == ["1", "[]"], done.stderr
 
 
 @pytest.mark.skipif(not STSB.exists(), reason="the benchmark data is not here")

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 from transformers import BertConfig, BertModel
 
@@ -13,6 +14,7 @@ from plmcc import Result
 from plmcc.evaluation.latency import Latency
 from plmcc.models.source import Source
 from plmcc.report.documents import print_summary
+from plmcc.report.words import number, signed
 from support.reports import many
 
 METRICS = [
@@ -60,3 +62,19 @@ def test_the_end_is_what_to_try_next() -> None:
     assert "written to out/a folder with a long name that is not cut; a fresh process" in text
     assert lines[-1].strip() == "plmcc verify 'out/a folder with a long name that is not cut'"
     assert printed(80).splitlines()[-1].endswith("; speed not measured.")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0.0, "0.00"),
+        (82.031, "82.03"),
+        (0.000151, "0.000151"),
+        (1.7230713e10, "1.72e+10"),
+    ],
+)
+def test_small_and_huge_metrics_keep_their_digits(value: float | None, text: str) -> None:
+    assert number(value) == text
+    if value is not None:
+        assert signed(-value) == ("-" if value else "+") + text
