@@ -276,6 +276,8 @@ def test_a_reloaded_model_trains_under_trainer(written: Written, tmp_path: Path)
     for site, hard in written.rewritten():
         now = dict(model.get_submodule(site.path).named_parameters())
         for name, parameter in hard.named_parameters():
+            if not parameter.numel():
+                continue  # by which peft finds a table
             assert not torch.equal(parameter, now[name].cpu()), f"{name} did not move"
     trainer.save_model(str(tmp_path / "saved"))
     again = type(model).from_pretrained(tmp_path / "saved")

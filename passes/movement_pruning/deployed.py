@@ -122,6 +122,16 @@ def empty(old: nn.Module, shape: tuple[int, int], values: int, form: str) -> nn.
     return sparse.to(weight.dtype)
 
 
+class KeptHeads(nn.Module):
+    """The places (int64) of the heads that an attention still has, of the original's. A module of
+    its own, so that layers can share it."""
+
+    def __init__(self, index_K: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index_K)
+        self.index: Tensor
+
+
 def resize(attention: nn.Module, block: Attention, kept: list[int]) -> None:
     """Tell an attention module how many heads it has; `kept` numbers those of before.
 
@@ -148,9 +158,9 @@ def _select_bias(attention: nn.Module, kept: list[int], heads: int) -> None:
     index_K = torch.tensor(kept, dtype=torch.long, device=device)
     before = getattr(attention, _KEPT, None)
     if before is not None:
-        attention.register_buffer(_KEPT, before[index_K])
+        before.index = before.index[index_K]
         return
-    attention.register_buffer(_KEPT, index_K)
+    attention.add_module(_KEPT, KeptHeads(index_K))
     attention._plmcc_all_heads = heads  # type: ignore[assignment]
     cls = type(attention)
 
@@ -174,7 +184,7 @@ class _WithFewerHeads:
     def compute_bias(self, *args: object, **kwargs: object) -> Tensor:
         """Return the bias (1, kept heads, T, S)."""
         whole: Tensor = super().compute_bias(*args, **kwargs)  # type: ignore[misc]
-        return whole[:, getattr(self, _KEPT)]
+        return whole[:, getattr(self, _KEPT).index]
 
     def _attend(self, given: Values) -> tuple[object, ...]:
         """Attend with the kept heads; return the position bias (1, all heads, T, S)."""
@@ -182,7 +192,7 @@ class _WithFewerHeads:
         run: Any = super().forward  # type: ignore[misc]
         position_bias, cache = given.get("position_bias"), given.get(self._cache or "")
         if position_bias is not None:
-            result = run(**given | {"position_bias": position_bias[:, getattr(self, _KEPT)]})
+            result = run(**given | {"position_bias": position_bias[:, getattr(self, _KEPT).index]})
             return (result[0], position_bias, *result[2:])
         past = 0 if cache is None else cache.get_seq_length(live.layer_idx)
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place

@@ -134,8 +134,9 @@ def tied_groups_are_one(subject: Subject) -> None:
     """A tied group has one set of parameters."""
     for record, hard in subject.hard():
         for path in record.paths[1:]:
-            own = dict(subject.model.get_submodule(path).named_parameters())
-            require(own.keys() <= {"bias"}, f"{path} keeps a copy")
+            named = subject.model.get_submodule(path).named_parameters()
+            own = {name for name, value in named if value.numel()}
+            require(own <= {"bias"}, f"{path} keeps a copy")
         stored = [id(p) for p in subject.model.state_dict(keep_vars=True).values()]
         for name, tensor in hard.state_dict(keep_vars=True).items():
             count = stored.count(id(tensor))

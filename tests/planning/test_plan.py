@@ -41,6 +41,10 @@ def test_sizes_are_those_of_the_result(name: str, model: str, tmp_path: Path) ->
     chosen = catalog.load(name)(**options_of(name))
     original = tiny(model)
     recipe = Recipe(passes=[chosen], train=Train(data=Data(train="synthetic")))
+    if model == "whisper":  # it does not read text, and cannot be trained
+        if chosen.needs_training() or chosen.needs_data():
+            pytest.skip("whisper cannot be trained")
+        recipe = Recipe(passes=[chosen])
     made = plan(recipe, load_source(outline_of(model, tmp_path), meta=True))
     if made.problems:
         with pytest.raises(PlmccError) as caught:

@@ -275,7 +275,8 @@ def test_apply_leaves_broken_lines_out_when_asked(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "line 51: `x` has 2 numbers" in done.stdout
     assert len(vectors.load(tmp_path / "out")) == 99
-    done = run_module("plmcc.cli", [*command, str(tmp_path), *out, "--skip-broken"])
+    other = ["-o", str(tmp_path / "other")]
+    done = run_module("plmcc.cli", [*command, str(tmp_path), *other, "--skip-broken"])
     assert (done.returncode, "needs a file of word vectors" in done.stderr) == (1, True)
 
 
