@@ -68,6 +68,9 @@ class DropLayers(Pass):
             return f"`keep` is {given}; its layers are 0 to {depth - 1}, each once"
         if (len(kept) if kept is not None else self.keep) >= depth:  # type: ignore[operator]
             return f"it has {depth} layers, not more than are to be kept"
+        done = next((n for n, part in site.layers.named_modules() if isinstance(part, Hard)), "")
+        if done:  # an artifact names modules by the numbers of their layers
+            return f"{site.path}.{done} is rewritten already: drop layers before other passes"
         special = _special(site.layers)
         if special is not None and kept is not None and kept[0] != special:
             lacking = sorted(_names(site.layers[special]) - _names(site.layers[-1]))

@@ -4,6 +4,7 @@ pooling."""
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,8 @@ class Source:
     """Where weights of 16 bits are trained in float32: what they are saved in again."""
     in_float32: frozenset[str] = frozenset()
     """The tensors that were float32 before all the same."""
+    first: tuple[str, int] | None = None
+    """Of an artifact: the model that it was first made from, and the bytes of that."""
     keep_code: bool = False
     """Whether Python files of `folder` come along; they are never run."""
 
@@ -156,6 +159,11 @@ def load_source(
         notes += (f"its head is new, with the labels {listing(list(options['label2id']))}",)
     tokenizer, padded = _agreeing(model, tokenizer, chosen)
     notes += (padded,) if padded else ()
+    first = _first_original(folder)
+    if first is not None:
+        notes += (
+            f"it is compressed already: the first original, {first[0]}, has {first[1]:,} bytes",
+        )
     pooling = _pooling(folder, tokenizer) if chosen in EMBEDDING else Pooling()
     notes += (f"embeddings: {pooling.told}",) if pooling.told else ()
     source = Source(
@@ -168,8 +176,20 @@ def load_source(
         notes,
         found != chosen and chosen in LABELED,
         retokenized=bool(padded),
+        first=first,
     )
     return replace(source, notes=(*source.notes, *notes_of(source.other_files())))
+
+
+def _first_original(folder: Path | None) -> tuple[str, int] | None:
+    """What the report of an artifact says it was first made from."""
+    if folder is None or not (folder / "plmcc.lock.json").is_file():
+        return None
+    try:
+        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return str(values["original"]["name"]), int(values["original"]["bytes"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # of another version, or without its report
 
 
 def _agreeing(

@@ -119,16 +119,7 @@ def evaluate(
     found = []
     for name in models:
         source = load_source(name, task)
-        if source.new_head:
-            message = (
-                f"the model has no head for {source.task}: its metrics would be of a random one"
-            )
-            hint = "train it first, or set `--task`"
-            raise error("PLM303", message, name, got=type(source.model).__name__, hint=hint)
-        if first is not None and source.task != first.task:
-            message = "the models are for different tasks"
-            given, hint = f"{first.task}, {source.task}", "set `--task`"
-            raise error("PLM502", message, "MODEL", got=given, hint=hint)
+        _check_head(source, first)
         log(f"evaluating {name} ({type(source.model).__name__}, {source.task})")
         if first is None:
             first, chosen = source, asked(source)
@@ -137,6 +128,18 @@ def evaluate(
         rows = evaluation_rows(chosen, source, None, ["--metric"] * len(chosen))
         found.append(scores(chosen, rows, source, first.model))
     return chosen, found
+
+
+def _check_head(source: Source, first: Source | None) -> None:
+    """Refuse a random head, and models of different tasks."""
+    if source.new_head:
+        message = f"the model has no head for {source.task}: its metrics would be of a random one"
+        hint = "train it first, or set `--task`"
+        raise error("PLM303", message, source.name, got=type(source.model).__name__, hint=hint)
+    if first is not None and source.task != first.task:
+        message = "the models are for different tasks"
+        given, hint = f"{first.task}, {source.task}", "set `--task`"
+        raise error("PLM502", message, "MODEL", got=given, hint=hint)
 
 
 def _check_same_tokens(first: Source, second: Source) -> None:

@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 def report(recipe: Recipe, source: Source, result: Result) -> dict[str, object]:
     """Return the whole report as plain values."""
     asked = recipe.lower.to if recipe.lower is not None else ()
+    name, size = source.first or (source.name, sum(result.bytes_before.values()))
     return {
         "recipe": recipe.name,
         "model": source.name,
+        "original": {"name": name, "bytes": size},
         "task": source.task,
         "loads_with": ["plmcc", "transformers"] if needs_plmcc(source) else ["transformers"],
         "exports": [to for to in asked if to in TARGETS],

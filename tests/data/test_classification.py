@@ -113,7 +113,7 @@ def test_labels_that_do_not_fit_the_head(
 
 def test_columns_of_labels_hold_0_and_1(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,sports,art\nw1,1,0\nw2,yes,1\n")
-    with pytest.raises(PlmccError, match="whether row 2 has it") as caught:
+    with pytest.raises(PlmccError, match="does not hold 0 or 1 in line 3") as caught:
         load_rows(str(tmp_path / "rows.csv"), label=["sports", "art"])
     assert caught.value.diagnostics[0].allowed == "0 or 1"
 

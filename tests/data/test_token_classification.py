@@ -250,9 +250,9 @@ def trained(data: Path) -> Path:
     recipe = Recipe(task="token-classification", train=training(data, 200), evaluate=metrics)
     result = plmcc.apply(recipe, data / "base", data / "trained")
     before, after = ([m[key] for m in result.metrics] for key in ("before", "after"))
-    assert before[0] < 40
+    assert before == [None] * 3  # a random head has no metrics
     assert min(after[:2]) > 90
-    assert before[2] == 100 > after[2]
+    assert after[2] < 100
     return data / "trained"
 
 

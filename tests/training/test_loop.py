@@ -827,7 +827,7 @@ def test_globs_lists_and_limits(tmp_path: Path) -> None:
         ("blank.txt", "\n  \n\n", "every row is empty in text"),
         ("header.csv", "text,label\n", "no data|no rows"),
         ("rows.xlsx", "x", "of the type `.xlsx`"),
-        ("rows.jsonl", "{not json\n", "cannot be read"),
+        ("rows.jsonl", "{not json\n", "rows.jsonl:1: .*no JSON"),
         ("rows.csv", "words,label\nw1,0\n", "the text column is unknown"),
         ("rows.parquet", "no parquet", "cannot be read"),
         ("rows.csv.gz", "not zipped", "cannot be read"),
