@@ -200,11 +200,17 @@ def head_of(asked: str, name: str | None) -> Head:
     label2id = (
         {str(label): int(index) for index, label in names.items()}
         if isinstance(names, dict) and all(str(index).isdigit() for index in names)
-        else {f"LABEL_{index}": index for index in range(2)}
+        else {f"LABEL_{index}": index for index in range(_count(values))}
     )
     problem_type, folder = values.get("problem_type"), file.parent
     has_own = own == (task or own)
     return Head(task or own, has_own, problem_type, len(label2id), label2id, folder)
+
+
+def _count(values: dict[str, Any]) -> int:
+    """The labels of a config without names; transformers takes two where it does not say."""
+    count = values.get("num_labels", 2)
+    return count if isinstance(count, int) else 2
 
 
 def _check_labels(rows: Rows, head: Head, metric: str | None) -> None:

@@ -123,7 +123,7 @@ def _class_of(rows: Rows, row: int, value: Any, classes: int, names: Names) -> i
     value = names.get(str(value), value)
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _no_such_label(rows, row, value, classes, names) from None
     if number != float(value) or not 0 <= number < classes:
         raise _no_such_label(rows, row, value, classes, names)
@@ -168,7 +168,7 @@ def new_head(rows: Rows, columns: Sequence[str] | None, number: bool) -> Values:
         found = head_of({str(value) for row in lists for value in row})
         return found | {"problem_type": _MULTI_LABEL}
     rows.labels()  # none may be missing here
-    if number or any(isinstance(value, float) and value != int(value) for value in values):
+    if number or any(isinstance(value, float) and not value.is_integer() for value in values):
         return {"num_labels": 1, "problem_type": _REGRESSION}
     return head_of({str(int(v) if isinstance(v, float) else v) for v in values})
 

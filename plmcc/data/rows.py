@@ -350,7 +350,9 @@ def _read(suffix: str, files: list[Path]) -> Dataset:
     paths = [str(file) for file in files]
     names = [glob.escape(path) for path in paths]  # the library takes them for patterns
     # What the library logs of a file that it cannot read is said below, with its line.
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         return load_dataset(_BUILDERS[suffix], data_files=names, split="train", **options)
     except Exception as problem:  # as above
@@ -362,6 +364,8 @@ def _read(suffix: str, files: list[Path]) -> Dataset:
         raise error(
             "PLM301", f"the file cannot be read: {first_line(reason)}", ", ".join(paths)
         ) from None
+    finally:
+        logger.setLevel(level)
 
 
 def _check_lines(file: Path) -> None:
@@ -370,12 +374,12 @@ def _check_lines(file: Path) -> None:
     Raises:
         PlmccError: there is one.
     """
-    lines = read_text(file).splitlines()
-    if lines and lines[0].lstrip().startswith("["):
-        return
-    for number, line in enumerate(lines, 1):
+    text = read_text(file)
+    if file.name.removesuffix(".gz").endswith(".json") and text.lstrip().startswith(("[", "{\n")):
+        return  # one value over several lines
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            json.loads(line or "{}")
+            json.loads(line.strip() or "{}")
         except ValueError as problem:
             message = f"this line is no JSON: {first_line(problem)}"
             raise error("PLM301", message, f"{file}:{number}") from None

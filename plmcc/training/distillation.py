@@ -20,7 +20,6 @@ from plmcc.recipe.load import Distill
 from plmcc.utils.numerics import by_rows, divergence
 from plmcc.utils.types import Values
 
-_AGAIN: Values = {"use_reentrant": False, "preserve_rng_state": False}
 _TEACHER = "train.distill.teacher"
 _LABELED = ("text-classification", token_classification.TASK)
 _SPANS = ("start_logits", "end_logits")

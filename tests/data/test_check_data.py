@@ -70,6 +70,7 @@ WRONG: list[tuple[str, str, str, str, str]] = [
     ("text-classification", "rows.jsonl", '{"text": 3}\n{"text": "w"}\n', "", "in row 1"),
     ("several labels", "rows.jsonl", '{"text": "w", "label": ["wam"]}\n', "", "line 1"),
     ("several labels", "rows.jsonl", '{"text": "w", "label": [3]}\n', "", "whole numbers 0 to 1"),
+    ("text-classification", "rows.jsonl", '{"text": "w", "label": Infinity}\n', "", "PLM30"),
     ("several labels", "rows.csv", "text,cold,hot\nw1,1,yes\n", "label: [cold, hot]", "0 or 1"),
     ("several labels", "rows.csv", "text,cold\nw1,1\n", "label: [cold, hot]", "no column `hot`"),
     ("a number", "rows.csv", "text,label\nw1,good\n", "", "line 2 is not a number"),

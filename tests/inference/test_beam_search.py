@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from plmcc.diagnostics import PlmccError
 from plmcc.export.exporter import export_model
 from plmcc.inference import aoti as compiled
 from plmcc.inference.aoti import CompiledPrograms, cache_shapes, step_program
-from plmcc.inference.cuda_graphs import CudaGraphStep
+from plmcc.inference.cuda_graphs import CudaGraphStep, load
 from plmcc.inference.generate import Generate
 from plmcc.inference.programs import topk_log_probs
 from support.programs import Uncompiled
@@ -422,3 +423,18 @@ def test_cuda_graphs_write_the_tokens_of_generate(search: dict[str, Any]) -> Non
     graphs = [step for step in programs._steps.values() if isinstance(step, CudaGraphStep)]
     assert graphs
     assert all(step._replay is not None for step in graphs)
+
+
+@pytest.mark.parametrize(("device", "index"), [("cpu", -1), ("cuda", -1), ("cuda:1", 1)])
+def test_a_program_is_loaded_where_its_model_is(
+    device: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    def load_package(_: str, __: bool, device_index: int) -> Any:
+        given.append(device_index)
+        return SimpleNamespace(loader=SimpleNamespace(boxed_run=lambda inputs: inputs))
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load_package)
+    load(Path("program.pt2"), device)
+    assert given == [index]
