@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -19,6 +18,7 @@ from plmcc.catalog.uninstalled import temporarily_registered
 from plmcc.cli.app import app
 from plmcc.diagnostics import CODES, PlmccError
 from plmcc.testing.check_pass import check_pass, with_options
+from support import script
 from support.docs_examples import PAGES, ROOT, blocks, texts
 
 DOCS = ROOT / "docs"
@@ -30,19 +30,9 @@ WORDS = re.compile(
 """Words that are not the field's, or not American; see CONTRIBUTING.md."""
 
 
-def module(name: str) -> ModuleType:
-    """A module of the documentation."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
-    return module("generate")
+    return script("docs/generate.py")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +63,7 @@ def test_codes_have_an_example_that_plmcc_has_printed(pages: dict[str, str]) -> 
 
 
 def test_every_hook_is_documented_and_says_when_it_is_called() -> None:
-    hooks = module("hooks_page")
+    hooks = script("docs/hooks_page.py")
     assert (DOCS / "hooks.md").read_text(encoding="utf-8") == hooks.page(), "run docs/hooks_page.py"
     overridden = {
         f"{kind.__name__}.{name}"

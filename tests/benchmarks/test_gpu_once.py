@@ -3,12 +3,13 @@ to an import."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from support import script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks/gpu/once.py"
@@ -75,12 +76,7 @@ def test_a_section_that_fails_or_hangs_takes_nothing_from_the_others(tmp_path: P
 
 
 def test_every_recipe_of_the_script_is_read() -> None:
-    spec = importlib.util.spec_from_file_location("once", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    once = importlib.util.module_from_spec(spec)
-    sys.modules["once"] = once  # dataclasses look their module up
-    spec.loader.exec_module(once)
+    once = script("benchmarks/gpu/once.py")
     assert all(once.recipe(name, "cpu").passes for name in once.CASES)
     assert set(once.QUICK) <= set(once.CASES)
     assert once.SECTIONS.keys() == SECTIONS

@@ -6,13 +6,11 @@ Each type meets three of the passes, and each pass some of the types.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import warnings
-from functools import cache
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from support import script
 
 TYPES = tuple(
     """
@@ -24,31 +22,21 @@ mpnet mpt mt5 olmo openai-gpt opt pegasus phi qwen2 qwen3 roberta stablelm t5 xg
 EACH = 3
 
 
-@cache
-def zoo() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks/zoo.py"
-    spec = importlib.util.spec_from_file_location("zoo", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_there_are_forty() -> None:
     assert len(set(TYPES)) == 40
-    assert set(TYPES) <= set(zoo().types())
+    assert set(TYPES) <= set(script("benchmarks/zoo.py").types())
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_passes_are_right_on_a_type_or_refuse_it(model_type: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old architectures
-        model = zoo().build(model_type)
+        zoo = script("benchmarks/zoo.py")
+        model = zoo.build(model_type)
         assert not isinstance(model, str), model
-        names = list(zoo().PASSES)
+        names = list(zoo.PASSES)
         first = TYPES.index(model_type) * EACH
         for name in (names[(first + more) % len(names)] for more in range(EACH)):
-            found = zoo().judged(copy.deepcopy(model), zoo().PASSES[name])
+            found = zoo.judged(copy.deepcopy(model), zoo.PASSES[name])
             assert found[0] in ("right", "refused"), (name, found)
             assert found[0] == "right" or found[1]

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from plmcc import Pipeline
 from plmcc.passes.compositional_codes import CompositionalCodes
-from support.devices.agreement import once
+from support import script
 from support.devices.pretended import NAME, pretended, register
 from support.tiny_models import tiny
 
@@ -47,12 +47,12 @@ def trainer_takes_it() -> Iterator[None]:
 
 
 def compare(name: str) -> dict[str, Any]:
-    script = once()
-    logits, tokens = script.applied(name, "cpu")
+    once = script("benchmarks/gpu/once.py")
+    logits, tokens = once.applied(name, "cpu")
     with pretended() as seen, trainer_takes_it():
-        model = script.compressed(name, DEVICE)
+        model = once.compressed(name, DEVICE)
         seen.waits.clear()
-        found, others = script.answered(name, model, DEVICE)
+        found, others = once.answered(name, model, DEVICE)
     waits = {" ".join(key): count for key, count in seen.waits.items() if "passes/" in key[2]}
     return {
         "name": name,
