@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from plmcc.recipe.load import Recipe
 
 
+_VECTORS = {".txt", ".vec", ".bin", ".npy"}
+"""Suffixes of files of word vectors, which are models too."""
+
+
 @dataclass(frozen=True)
 class CheckedRecipe:
     """A recipe without mistakes, whose passes have options but no code until `load`."""
@@ -45,7 +49,9 @@ def check_model(name: object) -> None:
     """
     from plmcc.utils.files import check_not_local
 
-    if isinstance(name, str) and not Path(name).exists():
+    if not isinstance(name, str) or Path(name).is_dir():
+        return
+    if not (Path(name).is_file() and _VECTORS & set(Path(name).suffixes)):
         check_not_local(name)
 
 

@@ -242,6 +242,7 @@ def test_torch_is_not_imported_for_it(tmp_path: Path) -> None:
     [
         (None, "out", "no model is given"),
         ("modell", "out", "did you mean"),
+        ("recipe.yaml", "out", "this is a file, but a model is a directory"),
         ("model", "model", "the output directory exists"),
         ("model", "rows.txt", "the output directory is a file"),
     ],
