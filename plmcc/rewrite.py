@@ -363,6 +363,7 @@ def replace_all(
 def _replaced(program: Program, chosen: Pass, site: Site) -> Replacement:
     with calling(chosen, "replace", f"model: {site.path}"):
         soft = chosen.replace(site, program)
+        check_form(chosen, "replace", soft, site)
         soft.train(site.module.training)
         objective = chosen.objective(site, soft)
     tensors = site.module.state_dict()
@@ -370,6 +371,23 @@ def _replaced(program: Program, chosen: Pass, site: Site) -> Replacement:
     splice(program, site.paths, site.roles, soft)
     name = catalog.name_of(type(chosen))
     return Replacement(name, chosen, site, soft, objective, tuple(tensors), dtypes)
+
+
+def check_form(chosen: Pass, hook: str, made: object, site: Site) -> None:
+    """Check that a hook of a pass, which is foreign code, returns the form that it is for.
+
+    Raises:
+        PlmccError: it returns something else.
+    """
+    kind = Soft if hook == "replace" else Hard
+    if isinstance(made, kind):
+        return
+    name, given = catalog.name_of(type(chosen)), type(made).__name__
+    message = f"`{hook}` of `{name}` returns a {given}, which is no `{kind.__name__}`"
+    hint = ""
+    if isinstance(made, Hard):
+        hint = f"`kit.Trainable({given}(...))` trains a `Hard` module as it is"
+    raise error("PLM112", message, f"model: {site.path}", hint=hint)
 
 
 def harden_all(
@@ -388,7 +406,9 @@ def harden_all(
 def _hardened(program: Program, done: Replacement) -> Record:
     site = done.site
     with calling(done.options, "harden", f"model: {site.path}"):
-        hard = done.soft.harden().train(done.soft.training)
+        hard = done.soft.harden()
+        check_form(done.options, "harden", hard, site)
+        hard.train(done.soft.training)
     splice(program, site.paths, site.roles, hard)
     kept = program.model.get_submodule(site.path).state_dict()
     removed = tuple(name for name in done.original if name not in kept)

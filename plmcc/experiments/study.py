@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -153,7 +154,16 @@ def search(
             break
         # A seed of its own for each trial: a search that goes on tries what it would have tried.
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(False)))
-        study.optimize(objective, n_trials=1)
+        study.optimize(objective, n_trials=1, catch=(_Repeated,))
+        if objective.repeated and math.isfinite(space.count()):
+            had = [trial.params for trial in study.get_trials(deepcopy=False, states=_DONE)]
+            left = [values for values in space.shuffled(seed) if values not in had]
+            if left:  # another process may have tried the last ones
+                study.enqueue_trial(left[0])
+
+
+class _Repeated(Exception):
+    """The sampler proposes what has been tried."""
 
 
 class _Objective:
@@ -163,14 +173,21 @@ class _Objective:
         self, asked: SearchRequest, source: Source, known: Mapping[str, float], space: Space
     ) -> None:
         self.asked, self.source, self.known, self.space = asked, source, known, space
+        self.repeated = False
+        """Whether the last trial was one that has been."""
 
     def __call__(self, trial: Trial) -> tuple[float, float]:
         """Return size and quality.
 
         Raises:
             TrialPruned: the recipe cannot reach the goal, or does not work with these values.
+            _Repeated: these values have been tried.
         """
         values = self.space.values(trial)
+        done = trial.study.get_trials(deepcopy=False, states=_DONE)
+        self.repeated = any(other.params == trial.params for other in done)
+        if self.repeated:
+            raise _Repeated
         self.asked.log(f"trial {trial.number}: {written(values)}")
         try:
             found = self._found(trial, values)
@@ -183,10 +200,6 @@ class _Objective:
         return found["size"], found["quality"]
 
     def _found(self, trial: Trial, values: Values) -> dict[str, float]:
-        before = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        for other in before:
-            if other.params == trial.params:
-                return dict(other.user_attrs["metrics"])
         try:
             recipe = varied(self.asked.recipe, values)
             sizes = predict(self.asked, recipe)

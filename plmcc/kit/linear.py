@@ -70,11 +70,11 @@ class HardLinear(Hard):
 
     def product(self, x: Tensor) -> Tensor:
         """Return the products (..., O) of inputs (..., I) with the weight, without the bias."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method `product`")
 
     def dense(self) -> Tensor:
         """Return the weight (O, I)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method `dense`")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O).

@@ -116,11 +116,11 @@ class Table(nn.Module):
 
     def rows(self, ids_N: Tensor) -> Tensor:
         """Rows (N, D) of the table, without its scale."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method `rows`")
 
     def products(self, hidden_ND: Tensor) -> Tensor:
         """Products (N, V) of hidden states with all rows."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method `products`")
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ids (...) -> rows (..., D), times the table's own scale."""

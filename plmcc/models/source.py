@@ -60,9 +60,9 @@ class Source:
     retokenized: bool = False
     """Whether `tokenizer` is another than the one in `folder`."""
     stored: torch.dtype | None = None
-    """Where weights of 16 bits are trained in float32: what they are saved in again."""
+    """Where weights are saved in another dtype than they are trained in: that dtype."""
     in_float32: frozenset[str] = frozenset()
-    """The tensors that were float32 before all the same."""
+    """Then, the modules whose tensors stay in float32 all the same."""
     first: tuple[str, int] | None = None
     """Of an artifact: the model that it was first made from, and the bytes of that."""
     keep_code: bool = False

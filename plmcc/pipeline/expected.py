@@ -133,6 +133,7 @@ def _planned(chosen: Pass, site: Site, program: Program) -> Planned | str:
             planned = chosen.plan(site)
             if planned is None:
                 soft = chosen.replace(site, program)
+                rewrite.check_form(chosen, "replace", soft, site)
                 more = _count(soft)
                 hard = soft.harden()
                 planned = Planned(hard, trained=max(0, more - _count(hard)))
@@ -154,9 +155,8 @@ def _check_saved(chosen: Pass, site: Site, planned: Planned) -> None:
     hard, name = planned.module, catalog.name_of(type(chosen))
     if isinstance(hard, Soft):
         return
-    if not isinstance(hard, Hard):  # foreign code: types are what it says
-        message = f"`harden` of `{name}` returns a {type(hard).__name__}, which is no `Hard`"
-        raise error("PLM112", message, f"model: {site.path}")
+    rewrite.check_form(chosen, "harden", hard, site)
+    assert isinstance(hard, Hard)
     record = rewrite.Record(name, site.paths, site.roles, type(hard).__name__, hard.layout, ())
     try:
         again = rewrite.Record.from_json(json.loads(json.dumps(record.to_json())))

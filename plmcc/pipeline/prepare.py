@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from plmcc.api import Pass
@@ -88,37 +89,76 @@ def _preparing(recipe: Recipe) -> list[tuple[int, int, Pass]]:
     return found
 
 
+def stored_dtype(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
+    """Return what the weights of the result are stored in."""
+    asked: torch.dtype = getattr(torch, recipe.dtype) if recipe.dtype else model.dtype
+    return asked
+
+
 def widened_note(recipe: Recipe, model: PreTrainedModel) -> str:
-    """Say that weights of 16 bits are trained, which happens in float32: gradients need its range,
-    and small steps its precision. Empty if they are not."""
+    """Say that weights are stored in 16 bits and trained in float32: gradients need its range, and
+    small steps its precision. Empty if they are not."""
     trained = [stage.train.trainable for stage in recipe.steps() if stage.train]
+    stored = stored_dtype(recipe, model)
+    name, given = (str(dtype).removeprefix("torch.") for dtype in (stored, model.dtype))
+    if stored != model.dtype:
+        trains = stored != torch.float32 and trained
+        return f"its {given} weights are {'trained in float32 and ' * bool(trains)}saved in {name}"
     # What only the passes put in is small, and bfloat16 has the range: no copy of all the rest.
-    half = model.dtype is torch.float16 and trained
-    if not half and not (model.dtype is torch.bfloat16 and set(trained) - {"passes"}):
+    half = stored is torch.float16 and trained
+    if not half and not (stored is torch.bfloat16 and set(trained) - {"passes"}):
         return ""
-    name = str(model.dtype).removeprefix("torch.")
     return f"its {name} weights are trained in float32 and saved in {name}"
 
 
 def widen(recipe: Recipe, source: Source) -> Source:
-    """Cast weights of 16 bits that are trained to float32; `narrow` takes it back."""
+    """Cast weights that are trained, or saved in another dtype, to float32; `narrow` casts them to
+    what they are saved in."""
     note = widened_note(recipe, source.model)
     if not note:
         return source
-    state, stored = source.model.state_dict().items(), source.model.dtype
-    kept = frozenset(name for name, value in state if value.dtype is torch.float32)
+    stored = stored_dtype(recipe, source.model)
+    kept = kept_in_float32(source.model, stored)
     source.model.float()
     return replace(source, stored=stored, in_float32=kept, notes=(*source.notes, note))
 
 
-def narrow(source: Source) -> None:
-    """Cast the tensors of a widened model to what they are saved in.
+def store(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Cast a model to what the result is stored in, where the recipe asks for another dtype."""
+    stored = stored_dtype(recipe, model)
+    if stored != model.dtype:
+        kept = kept_in_float32(model, stored)
+        cast(model.float(), stored, kept)
+
+
+def kept_in_float32(model: PreTrainedModel, stored: torch.dtype) -> frozenset[str]:
+    """Return the modules whose tensors stay in float32: those that have such among others, or,
+    where the dtype changes, those that transformers would load so."""
+    state: Mapping[str, Tensor] = model.state_dict()
+    names = {name for name, value in state.items() if value.dtype is torch.float32}
+    if model.dtype != stored:
+        parts = {*(model._keep_in_fp32_modules_strict or ())}
+        if stored is torch.float16:
+            parts |= {*(model._keep_in_fp32_modules or ())}
+        names = {name for name in state if parts & {*name.split(".")}}
+    return frozenset(name.rpartition(".")[0] for name in names)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype, in_float32: frozenset[str]) -> None:
+    """Cast the tensors in float32 to another dtype, but for those of some modules.
 
     Buffers that no file holds, such as frequencies of rotary positions, keep their precision.
     """
-    for name, value in source.model.state_dict(keep_vars=True).items() if source.stored else ():
-        if value.dtype is torch.float32 and name not in source.in_float32:
-            value.data = value.data.to(source.stored)
+    kept = tuple(f"{path}." for path in in_float32)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if value.dtype is torch.float32 and not name.startswith(kept):
+            value.data = value.data.to(dtype)
+
+
+def narrow(source: Source) -> None:
+    """Cast the tensors of a widened model to what they are saved in."""
+    if source.stored is not None:
+        cast(source.model, source.stored, source.in_float32)
 
 
 def check_lower(recipe: Recipe, source: Source) -> None:

@@ -26,7 +26,7 @@ from plmcc.models.reduced import Reducible
 from plmcc.models.source import Source, load_source
 from plmcc.pipeline.datasets import infer_label_space
 from plmcc.pipeline.expected import UNKNOWN, PlannedSite, carry_out
-from plmcc.pipeline.prepare import CHECKS, prepare, prepares, widened_note
+from plmcc.pipeline.prepare import CHECKS, prepare, prepares, store, stored_dtype, widened_note
 from plmcc.pipeline.trial import try_out
 from plmcc.planning.cost import Cost, cost
 from plmcc.planning.deploy import Target, targets
@@ -146,11 +146,12 @@ def plan(
         source.name,
         type(model).__name__,
         source.task,
-        str(model.dtype).removeprefix("torch."),
+        str(stored_dtype(recipe, model)).removeprefix("torch."),
         cost(model, run=not brief),
     )
     made.notes += filter(None, [widened_note(recipe, model)])
     original = sum(component_bytes(model).values())
+    store(recipe, model)
     untouched = Reducible.of(model)  # before rules change it
     for check in CHECKS:
         with _problems_of(made):
@@ -179,9 +180,7 @@ def plan(
         with _problems_of(made):
             try_out(recipe, untouched)
     made.notes[:0] = source.notes
-    last = made.stages[-1].after if made.stages else None
-    if last is not None and last.bytes > made.before.bytes:
-        made.notes.append("the result is larger than the original")
+    made.notes += _larger(made)
     made.targets = [] if made.problems else targets(model, rewritten)
     made.seconds = round(time.perf_counter() - start, 3)
     return made
@@ -194,6 +193,12 @@ def _problems_of(made: Plan) -> Iterator[None]:
         yield
     except PlmccError as problem:
         made.problems += [d for d in problem.diagnostics if d not in made.problems]
+
+
+def _larger(made: Plan) -> list[str]:
+    last = made.stages[-1].after if made.stages else None
+    larger = last is not None and last.bytes > made.before.bytes
+    return ["the result is larger than the original"] if larger else []
 
 
 def _statistics(metrics: dict[str, float]) -> str:

@@ -83,6 +83,8 @@ class Recipe(Node):
     """What the model is for; `auto` takes it from the model's configuration."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds everything random."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the weights of the result are stored in; by default what those of the model are."""
     passes: Passes = Field(default_factory=list)
     """The techniques, in the order they are applied."""
     train: Train | None = None

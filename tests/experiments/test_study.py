@@ -181,6 +181,16 @@ def test_a_search_that_was_stopped_tries_what_it_would_have_tried(
     assert [t["metrics"] for t in again] == [t["metrics"] for t in whole[:2]]
 
 
+def test_no_trial_is_repeated_while_others_are_left(folder: Path, tmp_path: Path) -> None:
+    text = HEAD + "evaluate: [{metric: fidelity, data: texts.txt}]\n"
+    text += f"search: {{{CODES}.codebooks: {{low: 2, high: 16}}}}\n"
+    given = ["--target", "size<=1kB", "--format", "json", "--trials", "14"]
+    done = search(folder, text, "-o", str(tmp_path / "o"), *given)
+    assert isinstance(done.exception, PlmccError)  # the plan shows that all are too large
+    listed = json.loads(done.stdout)["trials"]
+    assert len({trial["values"][f"{CODES}.codebooks"] for trial in listed}) == len(listed) == 14
+
+
 def test_values_that_do_not_go_together_are_a_trial_with_a_reason(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,8 @@ class Faulty(plmcc.api.Pass):
         made.values.data.copy_(weight_of(site))
         made.take_bias(site)
         FAULTS[self.wrong](made, program)
+        if self.wrong == "no soft":
+            return made  # type: ignore[return-value]
         return Wrong(made, self.wrong)
 
 
@@ -83,6 +85,7 @@ def _untie(made: Copied, program: plmcc.api.Program) -> None:
 FAULTS: dict[str, Callable[[Copied, plmcc.api.Program], object]] = {
     "": lambda made, _: None,
     "no hard": lambda made, _: None,
+    "no soft": lambda made, _: None,
     "double in the end": lambda made, _: None,
     "infinite": lambda made, _: made.values.data[0].fill_(float("inf")),
     "double": lambda made, _: made.double(),
@@ -101,6 +104,7 @@ FAULTS: dict[str, Callable[[Copied, plmcc.api.Program], object]] = {
         ),
         ("untied", r"cls\.predictions\.decoder\.weight.*no longer tied"),
         ("no hard", r"`harden` of `faulty` returns a Linear, which is no `Hard`"),
+        ("no soft", r"`replace` of `faulty` returns a Copied, which is no `Soft`.*kit\.Trainable"),
     ],
 )
 def test_the_pass_that_broke_something_is_named(wrong: str, said: str) -> None:

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     BertForSequenceClassification,
     XLMRobertaConfig,
@@ -26,6 +27,7 @@ from plmcc.models.source import load_source
 from plmcc.passes.drop_layers import DropLayers
 from plmcc.passes.movement_pruning import MovementPruning
 from plmcc.planning.plan import plan
+from plmcc.recipe.load import parse_recipe
 from plmcc.report.charts import Dot, SiteChart, curves, front
 from plmcc.report.html import page
 from plmcc.report.summary import REST, Summary, components
@@ -353,28 +355,58 @@ def test_statistics_leave_training_as_it_was(method: Any, data: Path) -> None:
     assert torch.equal(*weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_of_16_bits_is_saved_as_it_was_given(dtype: torch.dtype, data: Path) -> None:
+_DTYPES: dict[str, tuple[torch.dtype, Any, torch.dtype]] = {
+    "float16": (torch.float16, None, torch.float16),
+    "bfloat16": (torch.bfloat16, None, torch.bfloat16),
+    "widened": (torch.float16, "float32", torch.float32),
+    "narrowed": (torch.float32, "bfloat16", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", list(_DTYPES))
+def test_a_model_is_saved_in_its_dtype_or_in_that_asked_for(name: str, data: Path) -> None:
     """It is trained in float32: a step of 1e-5 would be lost in 16 bits."""
+    had, asked, wanted = _DTYPES[name]
     config: Any = tiny("bert").config
-    half: Any = BertForSequenceClassification(config)
-    half.to(dtype)
-    folder = data / str(dtype)
-    half.save_pretrained(folder)
+    given: Any = BertForSequenceClassification(config)
+    given.to(had)
+    folder = data / name
+    given.save_pretrained(folder)
     words().save_pretrained(folder)
-    given = sum(component_bytes(half).values())
-    arguments = {"max_steps": 1}
-    train = Train(data=Data(train=str(data / "rows.tsv")), arguments=arguments)
-    recipe = Recipe(passes=[DropLayers(targets="encoder", keep=1)], train=train)
-    result = plmcc.apply(recipe, folder, folder.with_name(f"{folder.name}-out"))
-    assert result.model.dtype is dtype
-    assert plmcc.load(folder.with_name(f"{folder.name}-out")).dtype is dtype
-    assert any("trained in float32" in note for note in result.source.notes)
-    assert sum(result.bytes_before.values()) == given
+    size = sum(component_bytes(given).values())
+    train = Train(data=Data(train=str(data / "rows.tsv")), arguments={"max_steps": 1})
+    drop = DropLayers(targets="encoder", keep=1)
+    recipe = Recipe(passes=[drop], train=train, dtype=asked)
+    result = plmcc.apply(recipe, folder, folder.with_name(f"{name}-out"))
+    assert result.model.dtype is wanted
+    assert plmcc.load(folder.with_name(f"{name}-out")).dtype is wanted
+    trained = any("trained in float32" in note for note in result.source.notes)
+    assert trained == (wanted is not torch.float32)
+    assert any(f"saved in {str(wanted)[6:]}" in note for note in result.source.notes)
+    assert sum(result.bytes_before.values()) == size
     made = plan(recipe, str(folder))
-    assert made.before.bytes == given
+    assert made.before.bytes == size
+    assert made.dtype == str(wanted)[6:]
     assert made.stages[0].after is not None
-    assert made.stages[0].after.bytes == sum(result.bytes_after.values()) < given
+    assert made.stages[0].after.bytes == sum(result.bytes_after.values())
+    assert (made.stages[0].after.bytes < size) == (name != "widened")
+
+
+@pytest.mark.parametrize(
+    "passes", ["low_rank: {rank: 2, weighting: none}", "binary_embedding: {bits: 8}"]
+)
+def test_what_passes_make_is_stored_in_the_dtype_asked_for(passes: str, tmp_path: Path) -> None:
+    recipe = parse_recipe(f"plmcc: 1\ndtype: float16\npasses:\n  - {passes}\n", load_torch=True)
+    tiny("t5").save_pretrained(tmp_path / "model")
+    plmcc.apply(recipe, tmp_path / "model", tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    floats = {n: v.dtype for n, v in stored.items() if v.is_floating_point()}
+    assert set(floats.values()) == {torch.float16, torch.float32}
+    kept = {n for n, v in floats.items() if v is torch.float32}
+    assert all(".wo." in n for n in kept), "T5 computes its last product in float32"
+    made = plan(recipe, str(tmp_path / "model"))
+    assert made.stages[0].after is not None
+    assert made.stages[0].after.bytes == sum(v.nbytes for v in stored.values())
 
 
 def test_a_tied_table_is_counted_where_it_is_looked_up() -> None:
