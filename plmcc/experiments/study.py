@@ -155,11 +155,17 @@ def search(
         # A seed of its own for each trial: a search that goes on tries what it would have tried.
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(False)))
         study.optimize(objective, n_trials=1, catch=(_Repeated,))
-        if objective.repeated and math.isfinite(space.count()):
-            had = [trial.params for trial in study.get_trials(deepcopy=False, states=_DONE)]
-            left = [values for values in space.shuffled(seed) if values not in had]
-            if left:  # another process may have tried the last ones
-                study.enqueue_trial(left[0])
+        if objective.repeated:
+            _enqueue_another(study, space, seed)
+
+
+def _enqueue_another(study: optuna.Study, space: Space, seed: int) -> None:
+    """Let the next trial of a space that is not infinite be one that has not been."""
+    if math.isfinite(space.count()):
+        had = [trial.params for trial in study.get_trials(deepcopy=False, states=_DONE)]
+        left = [values for values in space.shuffled(seed) if values not in had]
+        if left:  # another process may have tried the last ones
+            study.enqueue_trial(left[0])
 
 
 class _Repeated(Exception):
