@@ -57,6 +57,8 @@ class CompositionalCodes(Pass):
     """The embedding tables to replace, each with the output head tied to it."""
     codebooks: int = Field(32, ge=1, le=1024)
     """M: number of codebooks, and of vectors that are summed for a row."""
+    width: int | None = Field(None, ge=1)
+    """Product: dimensions of a codeword, instead of `codebooks`: D / width of them, for any D."""
     codewords: int = Field(16, ge=2, le=65536)
     """K: vectors in each codebook; a code takes ⌈log2 K⌉ bits."""
     initialization: Literal["residual", "paper", "product"] = "residual"
@@ -88,7 +90,10 @@ class CompositionalCodes(Pass):
     def _options_have_effect(self) -> CompositionalCodes:
         product, paper = self.initialization == "product", self.initialization == "paper"
         used = {"beam": not product, "rounds": not product, "frequency_power": not paper}
-        refuse_unused(self, used, f"with initialization `{self.initialization}`")
+        refuse_unused(
+            self, used | {"width": product}, f"with initialization `{self.initialization}`"
+        )
+        refuse_unused(self, {"codebooks": self.width is None}, "with `width`")
         return self
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
@@ -98,21 +103,26 @@ class CompositionalCodes(Pass):
     def _refusal(self, rows: int, dims: int) -> str:
         if self.codewords > rows:
             return f"{self.codewords} codewords for a table of only {rows} rows"
-        if self.initialization == "product" and dims % self.codebooks:
+        given = self.codebooks if self.width is None else self.width
+        if self.initialization == "product" and dims % given:
             fit = [m for m in range(1, dims + 1) if dims % m == 0]
-            near = sorted(sorted(fit, key=lambda m: abs(m - self.codebooks))[:2])
+            near = sorted(sorted(fit, key=lambda m: abs(m - given))[:2])
             which = " or ".join(map(str, near))
-            return f"{self.codebooks} codebooks do not divide its {dims} dimensions: {which} do"
+            plain = "codebooks do" if self.width is None else "as `width` does"
+            return f"{given} {plain} not divide its {dims} dimensions: {which} do"
         if self._parameters_and_codes(rows, dims) >= 4 * rows * dims:
             return f"the codes and codebooks would be larger than the {rows} x {dims} table"
         return ""
 
+    def _books(self, dims: int) -> int:
+        return self.codebooks if self.width is None else dims // self.width
+
     def _parameters_and_codes(self, rows: int, dims: int) -> int:
-        width = row_bytes(self.codebooks, bits_for(self.codewords))
-        return rows * width + 4 * self.codebooks * self.codewords * self._width(dims)
+        codes = row_bytes(self._books(dims), bits_for(self.codewords))
+        return rows * codes + 4 * self._books(dims) * self.codewords * self._width(dims)
 
     def _width(self, dims: int) -> int:
-        return dims // self.codebooks if self.initialization == "product" else dims
+        return dims // self._books(dims) if self.initialization == "product" else dims
 
     def plan(self, site: Site) -> Planned:
         """The codes' size is known beforehand."""
@@ -121,10 +131,9 @@ class CompositionalCodes(Pass):
 
     def _empty(self, site: TableSite) -> CodedEmbedding:
         layout = common_layout(site)
-        width = self._width(layout["embedding_dim"])
-        return CodedEmbedding(
-            **layout, codebooks=self.codebooks, codewords=self.codewords, width=width
-        )
+        dims = layout["embedding_dim"]
+        books, width = self._books(dims), self._width(dims)
+        return CodedEmbedding(**layout, codebooks=books, codewords=self.codewords, width=width)
 
     def replace(self, site: Site, program: Program) -> Soft:
         """Learn codes for the finished table (no task data), then freeze them; codebooks stay
@@ -138,13 +147,14 @@ class CompositionalCodes(Pass):
         hard.codebooks = nn.Parameter(books_MKW.flatten(0, 1).to(table_VD.dtype).contiguous())
         metrics = reconstruction(table_VD, hard.rows)
         used = sum(int(column.unique().numel()) for column in codes_VM.T)
-        metrics["codewords_used"] = used / (self.codebooks * self.codewords)
+        metrics["codewords_used"] = used / (hard.num_codebooks * self.codewords)
         return Trainable(hard, metrics)
 
     def _fit(self, site: TableSite, table_VD: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
         if self.initialization == "paper":
             return _fit_paper(self, table_VD, progress)
-        given = (table_VD, weights_of(site, self.frequency_power), self.codebooks, self.codewords)
+        books = self._books(site.embedding_dim)
+        given = (table_VD, weights_of(site, self.frequency_power), books, self.codewords)
         if self.initialization == "product":
             return product_quantize(*given, self.seed, progress.step)
         return residual_quantize(*given, self.beam, self.rounds, self.seed, progress.step)

@@ -11,9 +11,7 @@ a `tokenizer.json`.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,24 +19,36 @@ import numpy as np
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from plmcc.api import Miss, Pass, Preparation, Site, TableSite, Values, error, refuse_unused
+from plmcc.api import (
+    Miss,
+    Pass,
+    Preparation,
+    Site,
+    TableSite,
+    Values,
+    did_you_mean,
+    error,
+    refuse_unused,
+)
 from plmcc.kit import matching_files
+from plmcc.passes.prune_vocabulary.scripts import LANGUAGES, in_scripts
+from plmcc.passes.prune_vocabulary.text import Counted, Text, counted
 from plmcc.passes.prune_vocabulary.tokenizers import (
     KINDS,
+    Spelling,
     characters,
     cut,
     definition,
-    normalized,
+    readable,
     rebuilt,
     shortened,
     special,
-    spelt,
 )
+
+_ROUNDING = 1e-9  # of a sum of floats
 
 if TYPE_CHECKING:
     from plmcc.api import Pretrained, Program
-
-_LINES = 1000
 
 
 class PruneVocabulary(Pass):
@@ -51,21 +61,55 @@ class PruneVocabulary(Pass):
         "Fidelity, and distillation, are relative to the original with the smaller vocabulary.",
     )
 
-    text: str | list[str]
-    """Text files like those the model will read (and write), line by line; `.gz` too."""
+    text: str | list[str] | dict[str, str | list[str]] | None = None
+    """Text files like those the model will read (and write), line by line; `.gz` too. As a mapping,
+    the files of each language: `{de: [a.txt, b.txt], en: c.txt}`."""
+    weighting: Literal["share", "alike"] = "share"
+    """Of a mapping of languages: `share` counts every token once, so that a language weighs as much
+    as it has text; with `alike` all languages weigh the same."""
+    languages: list[str] = Field(default_factory=list)
+    """Where there is no text: languages such as `de`, whose scripts tokens are kept of."""
     min_count: int = Field(1, ge=1)
     """Minimum number of occurrences of a token."""
+    coverage: float | None = Field(None, gt=0, le=1)
+    """Keep the most frequent tokens that make up this part of the tokens of the text."""
     keep: int | None = Field(None, ge=1)
-    """Maximum number of tokens, the most frequent ones, besides those always kept."""
+    """Maximum number of tokens, those that are always kept included; the most frequent stay."""
+    multiple_of: int = Field(1, ge=1)
+    """Round the number of tokens up to a multiple, as matrix products of GPUs prefer."""
 
     @model_validator(mode="after")
     def _has_no_targets(self) -> PruneVocabulary:
         refuse_unused(self, {"targets": False}, "on the vocabulary, which is the whole model's")
         return self
 
+    @model_validator(mode="after")
+    def _counts_text_or_knows_scripts(self) -> PruneVocabulary:
+        if self.text is None and not self.languages:
+            raise ValueError("`text` is missing: list files, or `languages` where there is none")
+        if self.text is not None and self.languages:
+            raise ValueError("`languages` has no effect with `text`: remove it")
+        used = dict.fromkeys(("min_count", "coverage", "keep"), self.text is not None)
+        refuse_unused(self, used, "without `text`")
+        used = {"weighting": isinstance(self.text, dict)}
+        refuse_unused(self, used, "without a mapping of languages in `text`")
+        unknown = [name for name in self.languages if name not in LANGUAGES]
+        if unknown:
+            near = did_you_mean(unknown[0], LANGUAGES)
+            known = ", ".join(LANGUAGES)
+            raise ValueError(f"`languages`: {unknown[0]} is none of {known}; {near}".strip("; "))
+        if self.keep is not None and self.keep % self.multiple_of:
+            raise ValueError(f"`keep` is no multiple of {self.multiple_of}")
+        return self
+
     def reads(self) -> list[str]:
         """Return the files of text."""
-        return [self.text] if isinstance(self.text, str) else list(self.text)
+        return [name for names in self._files().values() for name in names]
+
+    def _files(self) -> dict[str, list[str]]:
+        """Return the files by language; without languages, by nothing."""
+        named = self.text if isinstance(self.text, dict) else {"": self.text} if self.text else {}
+        return {n: [files] if isinstance(files, str) else list(files) for n, files in named.items()}
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Refuse: when passes are matched, it is too late for another tokenizer."""
@@ -82,59 +126,83 @@ class PruneVocabulary(Pass):
         """
         tokenizer = source.need_tokenizer("`prune_vocabulary`")
         values = _definition(tokenizer, source.name)
-        counts, seen = self._count(source, base)
-        size = len(counts)
-        table = source.model.get_input_embeddings()
-        rows = int(table.weight.shape[0])  # type: ignore[index]
-        kept = self._kept(values, counts, seen, rows)
-        if len(kept) >= min(size, rows):
-            message = f"all {size} tokens are needed: there is nothing to prune"
-            raise error("PLM203", message, hint="set `min_count` or `keep`")
+        text = self._count(source, base)
+        rows = int(source.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        size = min(len(tokenizer), rows)
         if max(special(values)) >= rows:
-            message = f"the tokenizer has {size} tokens, the model only {rows} rows"
+            message = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows"
             raise error("PLM303", message)
+        kept, always = self._kept(values, text, size)
+        if len(kept) >= size:
+            message = f"all {size} tokens are needed: there is nothing to prune"
+            raise error("PLM203", message, hint="set `coverage`, `min_count` or `keep`")
         try:
             changed = cut(source.model, kept)
         except ValueError as problem:
             raise error(
                 "PLM203", f"the vocabulary of this model cannot be pruned: {problem}"
             ) from None
-        statistics = {"tokens_before": rows, "tokens": len(kept), "text_tokens": counts.sum()}
+        statistics = {"tokens_before": rows, "tokens": len(kept), "always_kept": always}
         return Preparation(
             rebuilt(tokenizer, shortened(values, kept)),
-            {name: float(value) for name, value in statistics.items()},
+            {name: float(value) for name, value in statistics.items()} | text.covered(kept),
             (f"token ids numbered anew: {', '.join(changed)}",) if changed else (),
         )
 
-    def _kept(self, values: Values, counts: np.ndarray, seen: set[str], rows: int) -> list[int]:
-        """Return the ids of the tokens that stay, in order."""
-        chosen = {int(i) for i in np.flatnonzero(counts >= self.min_count)}
-        if self.keep is not None and len(chosen) > self.keep:
-            order = np.argsort(-counts, kind="stable")[: self.keep]
-            chosen = {int(i) for i in order}
-        if not chosen:
+    def _kept(self, values: Values, text: Text, size: int) -> tuple[list[int], int]:
+        """Return the ids of the tokens that stay, in order, and how many of them stay whatever the
+        text says."""
+        spelling = Spelling(values)
+        always = special(values) | characters(values, text.characters)
+        if self.languages:
+            scripts = {script for name in self.languages for script in LANGUAGES[name]}
+            always |= {i for piece, i in readable(values) if in_scripts(piece, scripts)}
+        always = {i for i in spelling.parts(always) if i < size}
+        often = [int(i) for i in np.argsort(-text.weighed(self.weighting)[:size], kind="stable")]
+        wanted = {i for i in spelling.parts({*self._chosen(text, often, always)}) if i < size}
+        wanted |= always
+        if self.keep is not None and len(wanted) > self.keep:
+            if len(always) > self.keep:
+                message = "special, byte and character tokens, which are always kept, are more"
+                given, hint = str(self.keep), f"set `keep` to at least {len(always)}"
+                raise error("PLM203", message, got=f"keep: {given}", hint=hint)
+            wanted = spelling.filled(always, often, self.keep)
+        count = -(-len(wanted) // self.multiple_of) * self.multiple_of
+        whole = spelling.filled(wanted, often, min(count, size))
+        return sorted(whole), len(always)
+
+    def _chosen(self, text: Text, often: list[int], always: set[int]) -> list[int]:
+        """Return the tokens that occur often enough, of those in an order that begins with the most
+        frequent."""
+        chosen = [i for i in often if text.counts[i] >= self.min_count]
+        if not (chosen or self.languages):
             raise error(
                 "PLM303",
                 "no token occurs often enough in the text",
-                got=f"{int(counts.sum())} tokens in {', '.join(self.reads())}",
+                got=f"{int(text.counts.sum())} tokens in {', '.join(self.reads())}",
                 allowed=f"tokens that occur at least {self.min_count} times",
             )
-        always = special(values) | characters(values, seen)
-        return sorted(i for i in spelt(values, chosen | always) if i < rows)
+        if self.coverage is None:
+            return chosen
+        counts = text.weighed(self.weighting)
+        reached = counts[[*always]].sum()
+        enough = (self.coverage - _ROUNDING) * counts.sum()
+        for place, index in enumerate(chosen):
+            if reached >= enough:
+                return chosen[:place]
+            reached += 0 if index in always else counts[index]
+        return chosen
 
-    def _count(self, source: Pretrained, base: Path | None) -> tuple[np.ndarray, set[str]]:
-        """Return how often each token occurs, and the characters of the text."""
+    def _count(self, source: Pretrained, base: Path | None) -> Text:
+        """Return what the text has."""
         tokenizer = source.need_tokenizer("`prune_vocabulary`")
-        counts = np.zeros(len(tokenizer), dtype=np.int64)
-        seen: set[str] = set()
-        for file in [f for name in self.reads() for f in matching_files(name, base)]:
-            lines = _lines(file)
-            while part := list(islice(lines, _LINES)):
-                encoded = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-                ids = np.fromiter((i for row in encoded for i in row), dtype=np.int64)
-                counts += np.bincount(ids, minlength=len(counts))
-                seen.update(*(normalized(tokenizer, line) for line in part))
-        return counts, seen
+        found = {
+            name: Counted.sum(
+                counted(tokenizer, file) for given in files for file in matching_files(given, base)
+            )
+            for name, files in self._files().items()
+        }
+        return Text(len(tokenizer), found)
 
 
 def _definition(tokenizer: PreTrainedTokenizerBase, name: str) -> Values:
@@ -154,18 +222,3 @@ def _definition(tokenizer: PreTrainedTokenizerBase, name: str) -> Values:
         hint = "remove words from the file itself"
         raise error("PLM303", message, got=name, hint=hint)
     return values
-
-
-def _lines(file: Path) -> Iterator[str]:
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if "\0" in line:
-                    message = "the file is not text: it contains zero bytes"
-                    raise error("PLM301", message, f"{file}:{number}", hint="list text files")
-                if line.strip():
-                    yield line.rstrip("\r\n")
-    except UnicodeDecodeError as problem:
-        message = f"the file is not UTF-8 text: {problem.reason}"
-        raise error("PLM301", message, str(file), hint="list text files in UTF-8") from None

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tokenizers.decoders import ByteLevel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +42,15 @@ def pieces(values: Values) -> dict[str, int]:
     if isinstance(vocabulary, dict):
         return dict(vocabulary)
     return {piece: index for index, (piece, _) in enumerate(vocabulary)}
+
+
+def readable(values: Values) -> list[tuple[str, int]]:
+    """Return the tokens of a definition as they are read, with their ids."""
+    found = list(pieces(values).items())
+    if not _byte_level(values):
+        return found
+    decoder = ByteLevel()
+    return [(decoder.decode([piece]), index) for piece, index in found]
 
 
 def special(values: Values) -> set[int]:
@@ -72,22 +82,38 @@ def characters(values: Values, text: set[str]) -> set[int]:
     return {found[name] for name in names if name in found}
 
 
-def spelt(values: Values, kept: set[int]) -> set[int]:
-    """Return the kept tokens with those that BPE makes them from."""
-    if values["model"]["type"] != "BPE":
-        return kept
-    vocabulary = pieces(values)
-    made: dict[str, list[tuple[str, str]]] = {}
-    for left, right in _merges(values):
-        made.setdefault(left + right, []).append((left, right))
-    names = {index: text for text, index in vocabulary.items()}
-    found, open_ = set(kept), [names[index] for index in kept if index in names]
-    while open_:
-        for part in (p for pair in made.get(open_.pop(), []) for p in pair):
-            if vocabulary[part] not in found:
-                found.add(vocabulary[part])
-                open_.append(part)
-    return found
+class Spelling:
+    """Which tokens BPE makes others from: these have to stay with them."""
+
+    def __init__(self, values: Values) -> None:
+        self.vocabulary = pieces(values)
+        self.names = {index: text for text, index in self.vocabulary.items()}
+        self.made: dict[str, list[tuple[str, str]]] = {}
+        for left, right in _merges(values) if values["model"]["type"] == "BPE" else ():
+            self.made.setdefault(left + right, []).append((left, right))
+
+    def parts(self, kept: set[int], known: Container[int] = ()) -> set[int]:
+        """Return tokens with those that they are made from, as far as these are not known."""
+        found, open_ = set(kept), [self.names[i] for i in kept if i in self.names]
+        while open_ and self.made:
+            for part in (p for pair in self.made.get(open_.pop(), []) for p in pair):
+                index = self.vocabulary[part]
+                if index not in found and index not in known:
+                    found.add(index)
+                    open_.append(part)
+        return found
+
+    def filled(self, kept: set[int], order: Iterable[int], count: int) -> set[int]:
+        """Return `count` tokens: those given, and of others, in their order, all that fit with what
+        they are made from."""
+        found = set(kept)
+        for index in order:
+            if len(found) >= count:
+                break
+            new = self.parts({index}, found) if index not in found else set()
+            if len(found) + len(new) <= count:
+                found |= new
+        return found
 
 
 def _merges(values: Values) -> list[tuple[str, str]]:

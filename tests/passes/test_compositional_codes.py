@@ -663,6 +663,22 @@ def test_product_codes_are_the_nearest_means_of_each_part() -> None:
     assert hard.ideal_bits() == 99 * 4 * 3 + 32 * 8 * 32
 
 
+def test_the_width_of_codewords_decides_on_the_number_of_codebooks() -> None:
+    table = torch.randn(99, 32, generator=torch.Generator().manual_seed(0))
+    one, two = (
+        product(table, codewords=4, **given)[0] for given in ({"codebooks": 4}, {"width": 8})
+    )
+    assert one.layout == two.layout
+    assert torch.equal(one.codes, two.codes)
+    options: dict[str, Any] = {"initialization": "product", "codewords": 4, "width": 5}
+    with pytest.raises(PlmccError, match="5 as `width` does not divide its 32 dimensions: 2 or 4"):
+        rewrite.match(tiny("bert"), [CompositionalCodes(**options)])
+    with pytest.raises(ValidationError, match="`width` has no effect"):
+        CompositionalCodes(width=2)
+    with pytest.raises(ValidationError, match="`codebooks` has no effect with `width`"):
+        CompositionalCodes(**options, codebooks=4)
+
+
 def test_product_codes_multiply_as_their_table_does() -> None:
     torch.manual_seed(0)
     hard, _ = product(torch.randn(99, 32), codebooks=8, codewords=4)

@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +30,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 import plmcc
 from plmcc.diagnostics import PlmccError
 from plmcc.models.source import Source, load_source
-from plmcc.passes.prune_vocabulary import PruneVocabulary, _lines
-from plmcc.recipe.load import parse_recipe
+from plmcc.passes.prune_vocabulary import PruneVocabulary
+from plmcc.passes.prune_vocabulary.scripts import in_scripts
+from plmcc.passes.prune_vocabulary.text import lines as lines_of
+from plmcc.recipe.load import load_recipe, parse_recipe
 from plmcc.rewrite import match
 
 SENTENCES = Path(__file__).parents[2] / "examples/sentences.txt"
@@ -284,15 +287,134 @@ def test_a_padding_token_numbered_last_is_kept_in_every_form(tmp_path: Path) -> 
 
 
 def test_the_most_frequent_are_kept(tmp_path: Path) -> None:
+    whole = prune(source_of("bert"), tmp_path, keep=10**6)
+    rare = prune(source_of("bert"), tmp_path, min_count=3)
+    sizes = [len(one.need_tokenizer("the test")) for one in (rare, whole)]
+    assert sizes[0] < sizes[1] < SIZE
+    with pytest.raises(PlmccError, match="which are always kept, are more") as caught:
+        prune(source_of("bert"), tmp_path, keep=3)
+    least = int(caught.value.diagnostics[0].hint.split()[-1])
+    smallest = prune(source_of("bert"), tmp_path, keep=least)
+    assert len(smallest.need_tokenizer("the test")) == least
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", [7, 16])
+def test_the_number_of_tokens_is_the_one_asked_for(kind: str, number: int, tmp_path: Path) -> None:
+    """Also where BPE needs the tokens that a token is made from."""
+    name = next(name for name, value in MODELS.items() if value[1] == kind)
+    whole = len(prune(source_of(name), tmp_path).need_tokenizer("the test"))
+    keep = whole - number
+    source = prune(source_of(name), tmp_path, keep=keep)
+    assert len(source.need_tokenizer("the test")) == keep
+    assert source.model.config.vocab_size == keep
+    source = prune(source_of(name), tmp_path, multiple_of=number)
+    assert len(source.need_tokenizer("the test")) % number == 0
+    assert 0 <= len(source.need_tokenizer("the test")) - whole < number
+
+
+def test_the_most_frequent_tokens_cover_a_part_of_the_text(tmp_path: Path) -> None:
+    text = [" ".join(LINES[:3])] * 50 + LINES[3:20]
+    (tmp_path / "a.txt").write_text("\n".join(text), encoding="utf-8")
     sizes = []
-    for keep in (1, 60, 10**6):
-        source = source_of("bert")
-        source = prune(source, tmp_path, keep=keep)
-        sizes.append(len(source.need_tokenizer("the test")))
-    assert sizes[0] < sizes[1] < sizes[2]
-    rare = source_of("bert")
-    rare = prune(rare, tmp_path, min_count=3)
-    assert len(rare.need_tokenizer("the test")) < sizes[2]
+    for coverage in (0.8, 0.95, 0.99, 1.0):
+        pruning = PruneVocabulary(text=str(tmp_path / "a.txt"), coverage=coverage)
+        done = pruning.prepare(source_of("xlm-roberta"), None)
+        assert coverage <= done.statistics["coverage"]
+        sizes.append(done.statistics["tokens"])
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    every = prune(source_of("xlm-roberta"), tmp_path, text)
+    assert sizes[-1] == len(every.need_tokenizer("the test"))
+
+
+def test_languages_weigh_alike_or_by_their_text(tmp_path: Path) -> None:
+    """A hundred times the text takes all the places, unless each language has its share."""
+    (tmp_path / "much.txt").write_text("\n".join(LINES[:10] * 100), encoding="utf-8")
+    (tmp_path / "little.txt").write_text("\n".join(LINES[10:20]), encoding="utf-8")
+    text: dict[str, str | list[str]] = {
+        "aa": [str(tmp_path / "much.txt")],
+        "bb": str(tmp_path / "little.txt"),
+    }
+    found = {}
+    for weighting in ("share", "alike"):
+        options: Any = {"weighting": weighting, "coverage": 0.9}
+        done = PruneVocabulary(text=text, **options).prepare(source_of("bert"), None)
+        assert done.statistics["coverage_aa"] > 0.8
+        found[weighting] = done.statistics["coverage_bb"]
+    assert found["share"] < found["alike"]
+    (tmp_path / "r.yaml").write_text(f"plmcc: 1\npasses: [prune_vocabulary: {{text: {text}}}]\n")
+    assert len(load_recipe(tmp_path / "r.yaml").passes[0].reads()) == 2
+
+
+SCRIPTS = [
+    "the house",
+    "das Haus",
+    "\u0434\u043e\u043c",
+    "\u623f\u5b50",
+    "\u03bf\u03af\u03ba\u03bf\u03c2",
+    "1 2, 3!",
+]
+
+
+def scripted(kind: str) -> Source:
+    """A model whose tokenizer has learned words of several scripts."""
+    raw = KINDS[kind]()
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=SIZE + 200,
+        special_tokens=NAMES,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    if kind == "Unigram":
+        trainer = trainers.UnigramTrainer(vocab_size=SIZE, special_tokens=NAMES, unk_token="<unk>")
+    raw.train_from_iterator(SCRIPTS * 40, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **SPECIAL)
+    name = next(name for name, value in MODELS.items() if value[1] == kind)
+    cls, _, options = MODELS[name]
+    model = getattr(hf, cls)(getattr(hf, cls).config_class(vocab_size=len(tokenizer), **options))
+    return Source(model, "fill-mask", name, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "byte-level BPE"])
+def test_without_text_the_scripts_of_languages_stay(kind: str) -> None:
+    source = scripted(kind)
+    before = source.need_tokenizer("the test")
+    done = PruneVocabulary(languages=["de", "ru"]).prepare(source, None)
+    after: Any = done.tokenizer
+    assert len(after) < len(before)
+    for text in (*SCRIPTS[:3], SCRIPTS[-1]):
+        assert after.tokenize(text) == before.tokenize(text)
+    had, left = (
+        [before.decode([i]) for i in range(len(before))],
+        [after.decode([i]) for i in range(len(after))],
+    )
+    for script in ("CJK", "GREEK"):
+        names = [[unicodedata.name(c, "") for text in some for c in text] for some in (had, left)]
+        known = [any(name.startswith(script) for name in each) for each in names]
+        assert known == [True, False]
+
+
+def test_marks_digits_and_punctuation_are_of_every_script() -> None:
+    assert in_scripts("12,%", {"GREEK"})
+    assert in_scripts("na\u0308ive", {"LATIN"})
+    assert not in_scripts("\u03b1b", {"LATIN"})
+    assert in_scripts("\u03b1b", {"LATIN", "GREEK"})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "`text` is missing"),
+        ({"text": "a", "languages": ["de"]}, "`languages` has no effect with `text`"),
+        ({"languages": ["de"], "keep": 9}, "`keep` has no effect without `text`"),
+        ({"languages": ["dde"]}, "did you mean `de`"),
+        ({"text": "a", "weighting": "alike"}, "`weighting` has no effect"),
+        ({"text": "a", "keep": 100, "multiple_of": 64}, "`keep` is no multiple of 64"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PruneVocabulary(**options)
 
 
 # --- with `apply`
@@ -402,7 +524,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("ein Kn\xf6del\n".encode("latin-1"))
     for name, said in (("zeros.txt", "zeros.txt:2: .*zero bytes"), ("latin.txt", "UTF-8")):
         with pytest.raises(PlmccError, match=said):
-            list(_lines(tmp_path / name))
+            list(lines_of(tmp_path / name))
 
 
 def test_it_has_no_targets() -> None:
