@@ -58,7 +58,8 @@ class PruneVocabulary(Pass):
     paper: ClassVar[str] = "Abdaoui, Pradel and Sigel, SustaiNLP 2020, arXiv:2010.05609"
     hazards: ClassVar[tuple[str, ...]] = (
         "Words of other texts are split into more tokens, or become the unknown token.",
-        "Fidelity, and distillation, are relative to the original with the smaller vocabulary.",
+        "Distillation, and the fidelity of language models, are relative to the original with the "
+        "smaller vocabulary.",
     )
 
     text: str | list[str] | dict[str, str | list[str]] | None = None

@@ -50,6 +50,10 @@ WINDOWED = (question_answering.TASK, token_classification.TASK)
 """Tasks whose labels are places in a text, and whose texts are read in windows."""
 
 
+LANGUAGE = ("fill-mask", "text-generation", "translation")
+"""Tasks whose outputs are tokens."""
+
+
 LABELED = ("text-classification", *WINDOWED)
 """Tasks whose heads are made for labeled data."""
 

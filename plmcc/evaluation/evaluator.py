@@ -78,7 +78,9 @@ def check_metric(
 
 
 class Evaluator:
-    """Computes metrics of one model. `original` is what `fidelity` compares with."""
+    """Computes metrics of one model. `original` is what `fidelity` compares with, which may have
+    another tokenizer: vectors of texts, classes, answers and labels are compared, whatever tokens
+    they were made from. Only of language models are tokens compared."""
 
     def __init__(
         self,
@@ -89,10 +91,12 @@ class Evaluator:
         max_length: int = 128,
         num_beams: int = 4,
         max_new_tokens: int = 128,
+        original_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.search = (num_beams, max_new_tokens)
         self.model, self.tokenizer = model.eval(), padding(tokenizer)
         self.pooling, self.original = pooling, original
+        self.original_tokenizer = original_tokenizer or tokenizer
         self.max_length, self.task = max_length, task_of(type(model).__name__)
         self.kind = classification.kind_of(model.config)
         head = model.get_output_embeddings()
@@ -157,24 +161,30 @@ class Evaluator:
         compute = sacrebleu.corpus_bleu if metric == "bleu" else sacrebleu.corpus_chrf
         return float(compute(self.translate(rows.texts(0)), [rows.texts(1)]).score)
 
+    def _reference(self) -> Evaluator:
+        """The same of the original, with its own tokenizer."""
+        assert self.original is not None, "fidelity compares with the original"
+        given = (self.original, self.original_tokenizer, self.pooling, None, self.max_length)
+        return Evaluator(*given)
+
     @torch.no_grad()
-    def embed(self, texts: list[str], model: PreTrainedModel | None = None) -> Tensor:
+    def embed(self, texts: list[str]) -> Tensor:
         """Return one vector a text (N, D), float32, as the model's own pooling makes it."""
         parts: list[tuple[list[int], Tensor]] = []
         for order, batch in self._batches(texts):
-            output = (model or self.model)(**batch, output_hidden_states=True)
+            output = self.model(**batch, output_hidden_states=True)
             parts.append((order, self.pooling(last_states(output), batch["attention_mask"]).cpu()))
         return _restored(parts, len(texts))
 
-    def judge(self, rows: Rows, model: PreTrainedModel | None = None) -> Tensor:
+    def judge(self, rows: Rows) -> Tensor:
         """Return the logits of rows (N, classes), or (N) of one number; float32."""
-        return self.logits([rows.texts(column) for column in range(len(rows.text))], model)
+        return self.logits([rows.texts(column) for column in range(len(rows.text))])
 
     @torch.no_grad()
-    def logits(self, columns: Sequence[list[str]], model: PreTrainedModel | None = None) -> Tensor:
+    def logits(self, columns: Sequence[list[str]]) -> Tensor:
         """As `judge`, of texts or of pairs of texts."""
         batches = self._batches(*columns)
-        parts = [(order, self._logits(batch, model).float().cpu()) for order, batch in batches]
+        parts = [(order, self._logits(batch).float().cpu()) for order, batch in batches]
         return _restored(parts, len(columns[0])).squeeze(-1)
 
     def _batches(
@@ -194,29 +204,27 @@ class Evaluator:
             batch = pad([{name: column[i] for name, column in inputs.items()} for i in order])
             yield order, {name: value.to(self.model.device) for name, value in batch.items()}
 
-    def predict(self, rows: Rows, model: PreTrainedModel | None = None) -> list[Any]:
+    @torch.no_grad()
+    def predict(self, rows: Rows) -> list[Any]:
         """Return the answer to each question, or the labels of the words of each sentence."""
         given = (rows, self.tokenizer, self.max_length)
         if self.task == question_answering.TASK:
             inputs, made = question_answering.question_windows(*given)
-            return question_answering.best_answers(rows, made, self._outputs(inputs, model))
+            return question_answering.best_answers(rows, made, self._outputs(inputs))
         inputs, made, begun = token_classification.sentence_windows(*given)
-        outputs = self._outputs(inputs, model)
+        outputs = self._outputs(inputs)
         return token_classification.best_labels(rows, made, begun, outputs)
 
-    def _outputs(
-        self, inputs: Inputs, model: PreTrainedModel | None
-    ) -> Iterator[tuple[list[int], object]]:
+    def _outputs(self, inputs: Inputs) -> Iterator[tuple[list[int], object]]:
         """What the model returns for windows, batch by batch, with the places of these."""
         for order, batch in self._padded(inputs, collator(self.task, self.tokenizer)):
-            yield order, (model or self.model)(**batch)
+            yield order, self.model(**batch)
 
     def _windowed(self, metric: str, rows: Rows) -> float:
         """Figures of answers or of labeled words."""
         found = self.predict(rows)
         if metric == "fidelity":
-            assert self.original is not None, "fidelity compares with the original"
-            return _same(found, self.predict(rows, self.original))
+            return _same(found, self._reference().predict(rows))
         if self.task == question_answering.TASK:
             answers = question_answering.answers_of(rows)
             return question_answering.squad(metric, found, [[a.text for a in o] for o in answers])
@@ -247,8 +255,8 @@ class Evaluator:
         labels = classification.class_labels(rows, int(config.num_labels or 0), config.label2id)
         return float(measure(labels, self.judge(rows).argmax(-1).tolist()))
 
-    def _logits(self, batch: dict[str, Tensor], model: PreTrainedModel | None = None) -> Tensor:
-        logits = (model or self.model)(**batch).get("logits")
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.model(**batch).get("logits")
         if logits is None or logits.dim() != 2:
             raise error(
                 "PLM303",
@@ -313,20 +321,22 @@ class Evaluator:
         determination R²); without one, the mean cosine of pooled outputs with the original's. Of
         translations, the share of tokens that both would choose next after the beginning of the
         reference."""
-        assert self.original is not None, "fidelity compares with the original"
         if self.model.config.is_encoder_decoder:
             return self._token_fidelity(rows)
-        if self.task == classification.TASK and self.kind != "classes":
-            mine_N, theirs_N = (self.judge(rows, m) for m in (self.model, self.original))
+        if self.task == classification.TASK:
+            mine_N, theirs_N = (one.judge(rows) for one in (self, self._reference()))
+            if self.kind == "number":
+                return max(0.0, float(metrics.r2_score(theirs_N, mine_N)))
             if self.kind == "labels":
                 return float(((mine_N > 0) == (theirs_N > 0)).float().mean())
-            return max(0.0, float(metrics.r2_score(theirs_N, mine_N)))
-        columns = [rows.texts(column) for column in range(len(rows.text))]
+            return float((mine_N.argmax(-1) == theirs_N.argmax(-1)).float().mean())
         if self.model.get_output_embeddings() is None and self.model.base_model is self.model:
-            columns = [[text for column in columns for text in column]]
+            texts = [text for column in range(len(rows.text)) for text in rows.texts(column)]
+            mine, theirs = (one.embed(texts) for one in (self, self._reference()))
+            return float(F.cosine_similarity(mine, theirs, dim=-1).mean())
         agreements: list[Tensor] = []
-        for _, batch in self._batches(*columns, special=not rows.verbatim):
-            mine, theirs = (self._signature(model, batch) for model in (self.model, self.original))
+        for batch, real_BL in self._with_real(rows):
+            mine, theirs = (self._states(m, batch, real_BL) for m in (self.model, self.original))
             same = (
                 F.cosine_similarity(mine, theirs, dim=-1)
                 if mine.is_floating_point()
@@ -339,6 +349,9 @@ class Evaluator:
         """Mean KL(original || model) over predictions: of classes, or of tokens that are not
         padding; of translations, of each next token after the beginning of the reference."""
         assert self.original is not None, "kl_divergence compares with the original"
+        if self.task == classification.TASK:
+            mine_NC, theirs_NC = (one.judge(rows) for one in (self, self._reference()))
+            return float(divergence(theirs_NC, mine_NC, self.kind == "labels").mean())
         total, count = 0.0, 0
         for batch, real in self._with_real(rows):
             outputs = [m(**batch).get("logits") for m in (self.original, self.model)]
@@ -363,17 +376,18 @@ class Evaluator:
             return
         columns = [rows.texts(column) for column in range(len(rows.text))]
         for _, batch in self._batches(*columns, special=not rows.verbatim):
-            mask_BL = batch["attention_mask"].bool()
-            yield batch, (mask_BL.any(-1) if self.task == "text-classification" else mask_BL)
+            yield batch, batch["attention_mask"].bool()
 
-    def _signature(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-        """Pooled outputs (B, D), or the predicted classes or tokens."""
+    def _states(
+        self, model: PreTrainedModel | None, batch: dict[str, Tensor], real_BL: Tensor
+    ) -> Tensor:
+        """The predicted tokens; where there is no head for them, pooled outputs (B, D)."""
+        assert model is not None, "fidelity compares with the original"
         output = model(**batch, output_hidden_states=True)
         logits: Tensor | None = output.get("logits")
         if logits is None:
             return self.pooling(last_states(output), batch["attention_mask"])
-        predicted = logits.argmax(-1)
-        return predicted if predicted.dim() == 1 else predicted[batch["attention_mask"].bool()]
+        return logits.argmax(-1)[real_BL]
 
 
 def _same(one: list[Any], two: list[Any]) -> float:

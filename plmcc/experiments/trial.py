@@ -63,7 +63,7 @@ def original(asked: SearchRequest) -> tuple[Source, dict[str, float]]:
     for name in named_data(recipe):  # before anything takes long
         data_files(name, asked.base)
     source = source_of(recipe, asked.model or recipe.model, asked.base)
-    [quality] = Judge.of(recipe, source, asked.base).metrics(source, source.model.eval())
+    [quality] = Judge.of(recipe, source, asked.base).metrics(source, source)
     return source, _sizes(source.model) | {"quality": quality, "drop": 0.0}
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from plmcc.catalog.registry import name_of
 from plmcc.data import question_answering
 from plmcc.data.rows import Rows
+from plmcc.data.tasks import LANGUAGE
 from plmcc.diagnostics import error, listing
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.evaluation.latency import Latency, measure
@@ -43,12 +44,12 @@ class Judge:
         places = [recipe.location(("evaluate", index, "metric")) for index in range(len(asked))]
         return cls(recipe, evaluation_rows(asked, source, base, places))
 
-    def metrics(self, source: Source, original: PreTrainedModel | None) -> list[float]:
+    def metrics(self, source: Source, original: Source | None) -> list[float]:
         """Return the value of each metric for a model as it is.
 
         Args:
             source: the model, with its tokenizer.
-            original: what `fidelity` and `kl_divergence` compare with.
+            original: what `fidelity` and `kl_divergence` compare with, with its own tokenizer.
         """
         return scores(self.recipe.evaluate, self.rows, source, original) if self.rows else []
 
@@ -80,7 +81,7 @@ def scores(
     asked: Sequence[Evaluate],
     rows: Sequence[Rows],
     source: Source,
-    original: PreTrainedModel | None,
+    original: Source | None,
 ) -> list[float]:
     """Return the value of each metric on its rows."""
     tokenizer = source.need_tokenizer("evaluation")
@@ -89,7 +90,8 @@ def scores(
     found = []
     for one, table in zip(asked, rows, strict=True):
         search = (one.num_beams, one.max_new_tokens)
-        given = (source.model, tokenizer, source.pooling, original, length, *search)
+        theirs = (original.model, original.tokenizer) if original else (None, None)
+        given = (source.model, tokenizer, source.pooling, theirs[0], length, *search, theirs[1])
         found.append(Evaluator(*given).compute(one.metric, table))
     return found
 
@@ -123,10 +125,10 @@ def evaluate(
         log(f"evaluating {name} ({type(source.model).__name__}, {source.task})")
         if first is None:
             first, chosen = source, asked(source)
-        elif any(one.metric in RELATIVE for one in chosen):
+        elif source.task in LANGUAGE and any(one.metric in RELATIVE for one in chosen):
             _check_same_tokens(first, source)
         rows = evaluation_rows(chosen, source, None, ["--metric"] * len(chosen))
-        found.append(scores(chosen, rows, source, first.model))
+        found.append(scores(chosen, rows, source, first))
     return chosen, found
 
 

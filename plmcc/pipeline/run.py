@@ -13,6 +13,7 @@ from plmcc.artifact import format as artifact
 from plmcc.artifact.size import Inventory, component_bytes
 from plmcc.artifact.verify import check_cache, same_with_cache
 from plmcc.catalog import registry as catalog
+from plmcc.data.tasks import LANGUAGE
 from plmcc.ir.probes import probe_inputs
 from plmcc.models.reduced import Reducible
 from plmcc.models.source import Source
@@ -25,6 +26,7 @@ from plmcc.pipeline.stage import match_stage, run_stage, timed
 from plmcc.pipeline.trial import try_out
 from plmcc.pipeline.verifier import Dump
 from plmcc.recipe.load import Recipe
+from plmcc.recipe.metrics import RELATIVE
 from plmcc.recipe.needs import check_calibrated
 from plmcc.report.provenance import model_digest
 from plmcc.report.result import Log, Result
@@ -70,7 +72,8 @@ def run(
     compares = bool(judge.rows) and not (source.scratch or source.new_head or dry)
     # The original has to be measured with its own tokenizer.
     early = compares and retokenizes(recipe)
-    baseline = _evaluated(judge, source, None, log, "the original") if early else []
+    baseline = _evaluated(judge, source, source, log, "the original") if early else []
+    reference = _reference(recipe, source) if retokenizes(recipe) else None
     prepared = prepare(recipe, source, base, log)
     data = load_data(recipe, prepared.source, base)
     source = data.source
@@ -83,7 +86,7 @@ def run(
     original = _original(recipe, source)
     data = data.with_teachers(original)
     if compares and not early:
-        baseline = _evaluated(judge, source, original, log, "the original")
+        baseline = _evaluated(judge, source, source, log, "the original")
     result = Result(source.model, source, sites=prepared.sites, seconds=prepared.seconds, base=base)
     cache = StageCache(cache_dir, stage_keys(recipe, data)) if cache_dir is not None else None
     _run_stages(
@@ -93,7 +96,7 @@ def run(
     _finish(recipe, result, sizes)
     if source.stored is not None:
         result.model.float()  # processors compute slowly in 16 bits; the values stay
-    _judge(judge, result, baseline, original, dry, log)
+    _judge(judge, result, baseline, original, reference, dry, log)
     narrow(source)
     return result
 
@@ -155,10 +158,13 @@ def _judge(
     result: Result,
     baseline: list[float],
     original: PreTrainedModel | None,
+    reference: Source | None,
     dry: bool,
     log: Log,
 ) -> None:
-    after = _evaluated(judge, result.source, original, log, "the result")
+    if reference is None and original is not None:
+        reference = replace(result.source, model=original)
+    after = _evaluated(judge, result.source, reference, log, "the result")
     before: list[float | None] = [*baseline] or [None] * len(after)
     result.metrics = [
         {"metric": asked.metric, "data": asked.data, "before": b, "after": a}
@@ -176,7 +182,7 @@ def _judge(
 
 
 def _evaluated(
-    judge: Judge, source: Source, original: PreTrainedModel | None, log: Log, what: str
+    judge: Judge, source: Source, original: Source | None, log: Log, what: str
 ) -> list[float]:
     if judge.rows:
         log(f"evaluating {what}")
@@ -189,6 +195,14 @@ def _original(recipe: Recipe, source: Source) -> PreTrainedModel | None:
     fast = any(p.speed_target() for stage in recipe.steps() for p in stage.passes)
     needed = taught or fast or bool(recipe.evaluate) or recipe.lower is not None
     return source.original() if needed and not source.scratch else None
+
+
+def _reference(recipe: Recipe, source: Source) -> Source | None:
+    """Return a copy of a model whose tokenizer will change, for metrics that compare with it. Of a
+    language model there is none: other tokens cannot be compared one by one."""
+    relative = any(asked.metric in RELATIVE for asked in recipe.evaluate)
+    needed = relative and source.task not in LANGUAGE
+    return replace(source, model=source.original()) if needed else None
 
 
 def _announce(

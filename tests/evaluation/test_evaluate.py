@@ -115,16 +115,26 @@ def test_what_does_not_fit_is_refused(
     assert message in str(caught.value)
 
 
-def test_other_token_ids_are_not_compared_one_by_one(folder: Path, tmp_path: Path) -> None:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model")
-    other = words()
-    other.add_tokens(["another"])
-    model.resize_token_embeddings(len(other))
-    model.save_pretrained(tmp_path / "other")
-    other.save_pretrained(tmp_path / "other")
-    names = [str(folder / "model"), str(tmp_path / "other")]
-    with pytest.raises(PlmccError, match="other token ids"):
-        run(*names, *columns(folder), "--metric", "fidelity")
+@pytest.mark.parametrize("head", ["SequenceClassification", "MaskedLM"])
+def test_tokens_are_compared_by_the_same_ids_only(head: str, folder: Path, tmp_path: Path) -> None:
+    kind = getattr(transformers, f"AutoModelFor{head}")
+    config = transformers.AutoConfig.from_pretrained(folder / "model")
+    model, other = kind.from_config(config), words()
+    names = []
+    for index in range(2):
+        model.save_pretrained(tmp_path / str(index))
+        other.save_pretrained(tmp_path / str(index))
+        names.append(str(tmp_path / str(index)))
+        other.add_tokens(["another"])
+        model.resize_token_embeddings(len(other))
+    asked = [*names, *columns(folder), "--metric", "fidelity"]
+    if head == "MaskedLM":
+        with pytest.raises(PlmccError, match="other token ids"):
+            run(*asked)
+    else:  # the new token occurs nowhere
+        assert (
+            json.loads(run(*asked, "--format", "json").stdout)["metrics"][0]["values"] == [100] * 2
+        )
 
 
 def test_a_model_without_a_head_has_no_metrics(folder: Path, tmp_path: Path) -> None:

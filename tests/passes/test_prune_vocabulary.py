@@ -28,7 +28,9 @@ from tokenizers import (
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import plmcc
+from plmcc.data.pooling import Pooling
 from plmcc.diagnostics import PlmccError
+from plmcc.evaluation.evaluator import Evaluator
 from plmcc.models.source import Source, load_source
 from plmcc.passes.prune_vocabulary import PruneVocabulary
 from plmcc.passes.prune_vocabulary.scripts import in_scripts
@@ -460,6 +462,25 @@ def test_alone_it_writes_a_checkpoint_that_needs_no_plmcc(checkpoint: Path, tmp_
         for f in folders
     ]
     assert float(done[0].stdout) == pytest.approx(float(done[1].stdout), abs=1e-5)
+
+
+def test_fidelity_compares_with_the_original_and_all_its_tokens(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("WordPiece")
+    options: dict[str, Any] = {"vocab_size": len(tokenizer), **SMALL}
+    model = hf.BertModel(hf.BertConfig(**options)).train(False)
+    source = Source(model, "feature-extraction", "bert", tokenizer)
+    for name, lines in (("kept", KEPT), ("dropped", DROPPED)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+    metrics = "\n".join(f"  - {{metric: fidelity, data: {n}.txt}}" for n in ("kept", "dropped"))
+    text = f"plmcc: 1\npasses: [prune_vocabulary: {{text: kept.txt}}]\nevaluate:\n{metrics}\n"
+    before = Evaluator(source.original(), tokenizer, Pooling()).embed(DROPPED)
+    result = plmcc.apply(parse_recipe(text, load_torch=True), source, base=tmp_path)
+    own = result.source.need_tokenizer("the test")
+    after = Evaluator(result.model, own, Pooling()).embed(DROPPED)
+    similarity = torch.nn.functional.cosine_similarity(before, after).mean()
+    found = [metric["after"] for metric in result.metrics]
+    assert found == pytest.approx([100, 100 * float(similarity)], abs=1e-3)
+    assert found[1] < 99.9
 
 
 def test_other_passes_shrink_what_is_left(checkpoint: Path, tmp_path: Path) -> None:
