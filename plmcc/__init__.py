@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from plmcc.artifact.load import load
     from plmcc.catalog.registry import register
     from plmcc.diagnostics import PlmccError
+    from plmcc.experiments.shrink import shrink
     from plmcc.export.exported import Exported
     from plmcc.inference.compile import compile
     from plmcc.ir.program import Program
@@ -33,6 +34,7 @@ _NAMES = {
     "plmcc.pipeline.compiler": ("Pipeline", "apply"),
     "plmcc.report.result": ("Result",),
     "plmcc.diagnostics": ("PlmccError",),
+    "plmcc.experiments.shrink": ("shrink",),
     "plmcc.export.exported": ("Exported",),
     "plmcc.artifact.load": ("load",),
     "plmcc.catalog.registry": ("register",),
@@ -74,6 +76,7 @@ __all__ = [
     "load",
     "load_recipe",
     "register",
+    "shrink",
 ]
 assert set(__all__) == set(_HOME)
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Text:
     size: int
     languages: dict[str, Counted] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def counts(self) -> np.ndarray:
         """How often each token occurs (V,)."""
         whole: np.ndarray = sum(

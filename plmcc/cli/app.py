@@ -15,25 +15,25 @@ import typer
 
 from plmcc.cli import vectors
 from plmcc.cli.apply import apply
-from plmcc.cli.check_pass import check_pass, new_pass
 from plmcc.cli.compare import compare
 from plmcc.cli.export import export, translate
+from plmcc.cli.extend import check_pass, explain, new_pass, passes, schema
 from plmcc.cli.measure import bench, evaluate
 from plmcc.cli.plan import check, dry_run, match, plan
 from plmcc.cli.proof import diff, reproduce, verify
-from plmcc.cli.reference import explain, passes, schema
 from plmcc.cli.search import search
+from plmcc.cli.shrink import advise, shrink
 from plmcc.diagnostics import PlmccError, error, out_of_memory
 
 _INTERRUPTED = 130  # what typer exits with after Ctrl-C
-_HELP = """Compress a pretrained language model by a recipe.
+_HELP = """Compress a pretrained language model, by a recipe of yours or by one that is chosen.
 
-Try it in a checkout, without any data:
+plmcc shrink MODEL --text mine.txt --target "size<=30MB,drop<=1" -o small
 
-plmcc apply recipes/demo.yaml sentence-transformers/all-MiniLM-L6-v2 -o small"""
+plmcc apply recipe.yaml MODEL -o small"""
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
-    "Start": {"apply": apply},
+    "Start": {"shrink": shrink, "advise": advise, "apply": apply},
     "Look": {"check": check, "match": match, "plan": plan, "test": dry_run},
     "Prove": {
         "verify": verify,

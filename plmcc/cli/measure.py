@@ -195,14 +195,10 @@ def _asked(
     config predicts."""
     from pydantic import ValidationError
 
-    from plmcc.data import classification
+    from plmcc.data.classification import default_metric
     from plmcc.recipe.load import Evaluate
-    from plmcc.recipe.metrics import DEFAULT_METRICS
 
-    usual = DEFAULT_METRICS[task]
-    if task == classification.TASK:
-        kind = classification.kind_of(config)
-        usual = {"classes": usual, "labels": "f1", "number": "spearman"}[kind]
+    usual = default_metric(task, config)
     columns = {name: value for name, value in given.items() if value is not None}
     found = []
     for name in metrics or [usual]:

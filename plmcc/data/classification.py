@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from plmcc.data.rows import Rows
 from plmcc.diagnostics import PlmccError, error, listing, nearest
+from plmcc.recipe.metrics import DEFAULT_METRICS
 from plmcc.utils.types import Values
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ HEADS: dict[Kind, str] = {
 }
 _MULTI_LABEL, _REGRESSION = "multi_label_classification", "regression"
 _SEPARATORS = "|;,"
+
+
+def default_metric(task: str, config: Any) -> str:
+    """Return what a model is judged by unless something else is asked for: by its task, and for a
+    classifier by what its head predicts."""
+    if task != TASK:
+        return DEFAULT_METRICS.get(task, "spearman")
+    of = {"labels": "f1", "number": "spearman"}
+    return of.get(kind_of(config), DEFAULT_METRICS[task])
 
 
 def kind_of(config: PreTrainedConfig) -> Kind:

@@ -20,7 +20,7 @@ from transformers import set_seed
 from plmcc.api import TableSite
 from plmcc.artifact.size import component_bytes, module_bytes
 from plmcc.catalog.registry import load as load_pass
-from plmcc.data.classification import TASK, kind_of
+from plmcc.data.classification import default_metric
 from plmcc.data.rows import SYNTHETIC
 from plmcc.data.tasks import EMBEDDING
 from plmcc.diagnostics import PlmccError, error
@@ -33,7 +33,6 @@ from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.datasets import infer_label_space, source_rows, training_data_of, with_teacher
 from plmcc.pipeline.run import run
 from plmcc.recipe.load import Data, Evaluate, Recipe
-from plmcc.recipe.metrics import DEFAULT_METRICS
 from plmcc.rewrite import splice
 from plmcc.training.loop import train
 from plmcc.utils.types import Values
@@ -136,9 +135,7 @@ def comparison(
         return Comparison(recipes, model, data, "score", base)
     if metric is None:
         known = load_source(model, recipes[0][1].task, meta=True)
-        of_heads = {"labels": "f1", "number": "spearman"} if known.task == TASK else {}
-        usual = DEFAULT_METRICS.get(known.task, "spearman")
-        metric = of_heads.get(kind_of(known.model.config), usual)
+        metric = default_metric(known.task, known.model.config)
     return Comparison(recipes, model, data, metric, base)
 
 

@@ -14,14 +14,16 @@ _BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20,
 _UNITS: dict[str, dict[str, float]] = {
     "size": _BYTES | {"x": 0.0},
     "parameters": {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "x": 0.0},
-    "drop": {"": 1.0},
+    "drop": {"": 1.0, "%": 0.01},
     "quality": {"": 1.0},
     "latency": {"ms": 1e-3, "s": 1.0, "x": 0.0},
+    "speed": {"": 1.0, "x": 1.0},
 }
-"""By quantity, what a unit is of bytes, numbers, points, the metric's unit, seconds; `x` is a part
-of the original's."""
+"""By quantity, what a unit is of bytes, numbers, points, the metric's unit, seconds, times; `x` is
+a part of the original's, and `%` a part of its quality."""
 _FORMS = (
-    "size<=25MB, size<=0.5x, parameters<=10M, latency<=0.8x, latency<=5ms, drop<=1, quality>=80"
+    "size<=25MB, size<=0.5x, parameters<=10M, latency<=0.8x, speed>=2, drop<=1, drop<=5%, "
+    "quality>=80"
 )
 _LIMIT = re.compile(
     r"\s*(?P<name>[^\s<>=≤≥,]*)\s*(?P<relation>[<>=≤≥]*)\s*(?P<number>[-+]?[\d.]*(?:[eE][-+]?\d+)?)"
@@ -39,8 +41,8 @@ class Limit:
     """One comparison of a target."""
 
     quantity: str
-    """`size`, `parameters`, `latency`, `quality` (the metric) or `drop` (points of it below the
-    original)."""
+    """`size`, `parameters`, `latency`, `speed` (how many times that of the original), `quality`
+    (the metric) or `drop` (points of it below the original, or a part of the original's)."""
     value: float
     """In bytes, numbers, points, the metric's unit or seconds, or the part of the original's."""
     relative: bool
@@ -78,8 +80,9 @@ class Goal:
         beside each result, `original_latency` of the figures.
         """
         of = {**original, "latency": metrics.get("original_latency", 0.0)}
+        of["drop"] = abs(original.get("quality", 0.0))
         return {
-            limit.quantity: limit.excess(metrics[limit.quantity], of[limit.quantity])
+            limit.quantity: limit.excess(metrics[limit.quantity], of.get(limit.quantity, 0.0))
             for limit in self.limits
             if limit.quantity in metrics
         }
@@ -119,7 +122,7 @@ def _limit(part: str, text: str, start: int, lower_is_better: bool) -> Limit:
     if name not in _UNITS:
         hint = did_you_mean(name, _UNITS)
         raise wrong("this quantity cannot be limited", "name", ", ".join(_UNITS), hint)
-    at_least = name == "quality" and not lower_is_better
+    at_least = name == "speed" or (name == "quality" and not lower_is_better)
     sign = ">=" if at_least else "<="
     if relation != sign:
         raise wrong(f"`{name}` needs `{sign}`", "relation", f"{name}{sign}...")
@@ -132,8 +135,8 @@ def _limit(part: str, text: str, start: int, lower_is_better: bool) -> Limit:
         raise wrong(f"`{name}` does not have this unit", "unit", units)
     if number <= 0 and name not in ("drop", "quality"):
         raise wrong("the limit must be positive", "number", "more than 0")
-    relative = unit == "x"
-    if relative and number > 1:
+    relative = (unit == "x" and name != "speed") or unit == "%"
+    if unit == "x" and relative and number > 1:
         raise wrong("a relative limit is a fraction of the original", "number", "at most 1x")
     return Limit(name, number * (known[unit.lower()] or 1), relative, at_least)
 

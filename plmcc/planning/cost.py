@@ -101,6 +101,39 @@ def cost(
     return Cost(parameters, sum(sizes.values()), sizes, flops, length, cache, unknown)
 
 
+def operations(
+    model: PreTrainedModel, names: Iterable[str], length: int = LENGTH
+) -> dict[str, int]:
+    """Count the operations of a forward pass over one sequence by component.
+
+    Args:
+        model: on the meta device; left as it is.
+        names: paths of modules; what is in none of them is `other`.
+        length: tokens of the sequence; fewer where the model cannot read so many.
+
+    Returns:
+        Nothing where the model cannot be run without weights.
+    """
+    counter = FlopCounterMode(display=False)
+    try:
+        with _inputs(model, 1, _readable(model, length)) as given, torch.no_grad(), counter:
+            model(**given)
+    except Exception:  # foreign code, which may look at values
+        return {}
+    kind = type(model).__name__
+    by_path = {
+        path.removeprefix(f"{kind}."): sum(counts.values())
+        for path, counts in counter.get_flop_counts().items()
+    }
+    # A list of layers is no module that is called.
+    inside = {
+        name: sum(n for path, n in by_path.items() if path.rpartition(".")[0] == name)
+        for name in names
+    }
+    found = {n: by_path.get(n, parts) for n, parts in inside.items() if n != "other"}
+    return found | {"other": max(0, counter.get_total_flops() - sum(found.values()))}
+
+
 def activation_bytes(
     model: PreTrainedModel, batch: int, length: int, checkpointing: bool = False
 ) -> int | None:

@@ -28,6 +28,7 @@ from plmcc.recipe.sections import (
     Name,
     Node,
     Scratch,
+    ShrinkFor,
     Task,
     Text,
     Train,
@@ -97,6 +98,8 @@ class Recipe(Node):
     """The metrics of the report, of the original and of the compressed model."""
     lower: Lower | None = None
     """What the finished model is compiled to."""
+    shrink: ShrinkFor | None = None
+    """Which models `plmcc shrink` tries this recipe on. Other commands ignore it."""
     search: Search | None = None
     """What `plmcc search` varies, by dotted path (`passes.0.compositional_codes.codebooks`): a list
     of choices, or a range `{low, high}`. Other commands take the recipe as it is."""

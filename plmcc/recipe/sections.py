@@ -107,6 +107,16 @@ class Scratch(Node):
     """A model directory or hub id to load it from, or `{train: files, vocab_size: N}`."""
 
 
+class ShrinkFor(Node):
+    """Which models `plmcc shrink` tries a recipe on. It gives the text files of the command line to
+    every value `TEXT` of the recipe."""
+
+    tasks: list[Task] = Field(default_factory=list)
+    """Tasks; by default all."""
+    table: Annotated[float, Field(ge=0, le=1)] = 0
+    """Models whose token table is at least this part of their bytes."""
+
+
 class Data(Node):
     """What a stage learns from."""
 

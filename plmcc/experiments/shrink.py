@@ -1,0 +1,469 @@
+"""`plmcc shrink`: the smallest result of the shipped recipes that is still good.
+
+All candidates are planned without weights. Those that fit the target are tried without training,
+so many as the effort allows: the smallest that is good enough is found by bisection, as larger
+candidates are mostly better. The one that is chosen is carried out as any recipe is, with its
+training, and judged by the target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from plmcc.artifact.size import component_bytes
+from plmcc.data.classification import default_metric
+from plmcc.data.rows import load_rows
+from plmcc.data.tasks import LANGUAGE
+from plmcc.diagnostics import PlmccError, error
+from plmcc.experiments.candidates import Candidate, candidates, side_bytes
+from plmcc.experiments.goal import Goal, lower_is_better, parse_goal
+from plmcc.experiments.trial import SearchRequest, original, run_trial
+from plmcc.models.source import Source, is_vectors, load_source
+from plmcc.pipeline.cache import folder_of
+from plmcc.pipeline.compiler import apply
+from plmcc.recipe.load import Evaluate, Recipe
+from plmcc.report.provenance import base_digests, data_digests, named_data
+from plmcc.report.result import Result
+from plmcc.report.words import megabytes, number
+from plmcc.utils.files import free, matching_files, output_place, write_json
+from plmcc.utils.types import Values
+
+Say = Callable[[str], None]
+Effort = Literal["quick", "normal", "best"]
+Verdict = Literal["ACCEPT", "REGRESSION", "INFEASIBLE"]
+TRIALS: dict[str, int] = {"quick": 5, "normal": 8, "best": 16}
+"""How many candidates are tried."""
+STEPS: dict[str, float] = {"quick": 0, "normal": 1, "best": 4}
+"""How many times the steps of its recipe the chosen one is trained."""
+TARGET = "drop<=1"
+_ROWS = 1000
+"""Rows that trials are judged by; the result is judged by all."""
+_HELD_OUT = 20
+"""Every such line of the text is held out, where there is no labeled data."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for."""
+
+    model: str
+    text: Sequence[str]
+    """Files of text."""
+    target: str = TARGET
+    data: Values | None = None
+    """The labeled data: values of an `evaluate` section, such as `data`, `text` and `label`."""
+    metric: str | None = None
+    effort: Effort = "normal"
+    recipes: Sequence[Path] = ()
+    """Recipes to choose from; by default the shipped ones."""
+    log: Say = lambda _: None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate, and what was measured of it without training."""
+
+    title: str
+    size: int
+    """Planned, in bytes."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Empty where it was not tried."""
+    reason: str = ""
+    """Why it cannot be used."""
+
+
+@dataclass
+class Shrunk:
+    """What came of it."""
+
+    verdict: Verdict | None
+    """None after a dry run."""
+    words: str
+    """The verdict in a line."""
+    original: dict[str, float] = field(default_factory=dict)
+    """Bytes on disk and quality of the original."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """The same of the result."""
+    metric: str = ""
+    candidates: list[Tried] = field(default_factory=list)
+    chosen: str = ""
+    recipe: Recipe | None = None
+    result: Result | None = None
+
+    def to_json(self) -> Values:
+        """Return plain values."""
+        values = {n: getattr(self, n) for n in ("verdict", "words", "original", "measured")}
+        tried = [asdict(one) for one in self.candidates]
+        return values | {"metric": self.metric, "chosen": self.chosen, "candidates": tried}
+
+
+def shrink(
+    model: str | Path | PreTrainedModel | Source,
+    text: str | Sequence[str] = (),
+    target: str = TARGET,
+    *,
+    output: str | Path,
+    data: str | Values | None = None,
+    metric: str | None = None,
+    effort: Effort = "normal",
+    recipes: Sequence[Path] = (),
+    overwrite: bool = False,
+    log: Say = lambda _: None,
+) -> Shrunk:
+    """Find the smallest result of a model that is still good, and write it.
+
+    Args:
+        model: a directory, a hub id, or a model in memory, alone or in a `Source` with its
+            tokenizer.
+        text: files of text like that the model will read.
+        target: limits as of `plmcc shrink --target`.
+        output: the directory of the result.
+        data: a file of labeled data, or the values of an `evaluate` section; without it, results
+            are compared with the original on text that is held out.
+        metric: what they are judged by; by default that of the task.
+        effort: `quick` trains nothing, `normal` some hundred steps, `best` four times as many.
+        recipes: files to choose from; by default the shipped recipes.
+        overwrite: replace an existing directory.
+        log: called with every line for the user.
+
+    Raises:
+        PlmccError: the model or the data cannot be read, or the target is not one.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    values = {"data": data} if isinstance(data, str) else data
+    place = output_place(Path(output))
+    free(place, overwrite)
+    with tempfile.TemporaryDirectory(prefix="plmcc-shrink-") as folder:
+        name = _on_disk(model, Path(folder))
+        asked = Asked(name, texts, target, values, metric, effort, recipes, log)
+        return find(asked, place, overwrite=overwrite)
+
+
+def _on_disk(model: str | Path | PreTrainedModel | Source, folder: Path) -> str:
+    """Return where a model is; one in memory is written first."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    source = model if isinstance(model, Source) else Source.of(model)
+    source.model.save_pretrained(folder)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def find(
+    asked: Asked,
+    output: Path,
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    table: Callable[[list[Candidate], Goal], None] = lambda found, goal: None,
+) -> Shrunk:
+    """Find the smallest good result of a model, and write it.
+
+    Args:
+        asked: the model, the text, and what the result has to be.
+        output: the directory of the result. Beside it, `OUTPUT.shrink` keeps held-out text and what
+            was tried: the same call continues after an interruption.
+        dry_run: only plan the candidates.
+        overwrite: replace an existing directory.
+        table: called with the planned candidates.
+
+    Raises:
+        PlmccError: the model or the data cannot be read, or the target is not one.
+    """
+    _check(asked)
+    asked.log(f"looking at {asked.model}")
+    source = load_source(asked.model, meta=True)
+    work = output.resolve().with_name(f"{output.resolve().name}.shrink")
+    text, judged = _data(asked, source, work, dry_run)
+    goal = parse_goal(asked.target, lower_is_better(judged.metric))
+    asked.log("planning the candidates")
+    found = candidates(source, text, asked.recipes)
+    table(found, goal)
+    listed = [Tried(one.title, one.size, reason=one.reason) for one in found]
+    usable = [one for one in found if one.recipe is not None]
+    if dry_run:
+        words = f"{len(usable)} candidates"
+        return Shrunk(None, words, metric=judged.metric, candidates=listed)
+    before = sum(component_bytes(source.model).values()) + side_bytes(source)
+    return _Run(asked, goal, judged, work, output, usable, listed, before).carry_out(overwrite)
+
+
+def _check(asked: Asked) -> None:
+    """Refuse what can be known before the model is looked at."""
+    parse_goal(asked.target, lower_is_better(asked.metric or ""))
+    for name in asked.text:
+        matching_files(name, None)
+    if is_vectors(Path(asked.model)):
+        message = "this is a file of word vectors, and `shrink` needs a model"
+        hint = "apply a recipe with `compositional_codes`; `plmcc compare` tries several"
+        raise error("PLM502", message, asked.model, hint=hint)
+
+
+def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list[str], Evaluate]:
+    """Return the files of text, and what results are judged by: labeled data, or text held out of
+    them."""
+    files = [str(file.resolve()) for name in asked.text for file in matching_files(name, None)]
+    config = source.model.config
+    if asked.data is not None:
+        metric = asked.metric or default_metric(source.task, config)
+        return files, Evaluate.model_validate({"metric": metric, **asked.data})
+    usual = "perplexity" if source.task in LANGUAGE else "fidelity"
+    if source.task == "translation":
+        message = "translations are judged by references, and none are given"
+        hint = "add --data with a file of two columns: texts and translations"
+        raise error("PLM303", message, "--data", hint=hint)
+    metric = asked.metric or usual
+    if not files:
+        message = "there is nothing to judge results by"
+        raise error("PLM502", message, "--text", hint="add --text FILE, or --data FILE")
+    held = work / "held_out.txt"
+    if dry_run:
+        return files, Evaluate.model_validate({"metric": metric, "data": files[0]})
+    lines = [line for file in files for line in load_rows(file).texts()]
+    if len(lines) < 2 * _HELD_OUT:
+        message = "the text is too short to hold a part of it out"
+        given, allowed = f"{len(lines)} lines", f"at least {2 * _HELD_OUT} lines"
+        raise error("PLM301", message, ", ".join(asked.text), got=given, allowed=allowed)
+    work.mkdir(parents=True, exist_ok=True)
+    step = max(_HELD_OUT, len(lines) // _ROWS)
+    rest = work / "text.txt"
+    plain = [" ".join(line.split()) for line in lines]
+    held.write_text("\n".join(plain[step - 1 :: step]) + "\n", encoding="utf-8")
+    kept = [line for index, line in enumerate(plain) if index % step != step - 1]
+    rest.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return [str(rest.resolve())], Evaluate.model_validate(
+        {"metric": metric, "data": str(held.resolve())}
+    )
+
+
+@dataclass
+class _Run:
+    """The trials and the result of one call."""
+
+    asked: Asked
+    goal: Goal
+    judged: Evaluate
+    work: Path
+    output: Path
+    usable: list[Candidate]
+    """From small to large."""
+    listed: list[Tried]
+    before: int
+    """Bytes of the original on disk."""
+    known: dict[str, float] = field(default_factory=dict)
+    done: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By the digest of a recipe, what was measured."""
+
+    def carry_out(self, overwrite: bool) -> Shrunk:
+        """Try, choose, apply, judge."""
+        smallest = min(self.usable, key=self._beyond, default=None)
+        possible = [one for one in self.usable if self._beyond(one) <= 0]
+        if smallest is None:
+            reasons = "; ".join(f"{one.title}: {one.reason}" for one in self.listed[:3])
+            return self._ended("INFEASIBLE", f"no recipe fits this model: {reasons}")
+        if not possible:
+            near = f"the nearest is {smallest.title} with {megabytes(smallest.size)}"
+            return self._ended("INFEASIBLE", f"no candidate is planned within the target; {near}")
+        source, self.known = self._original(possible[0])
+        self.known["size"] = self.before
+        chosen = self._choose(possible, source)
+        metrics = self.done[_key(chosen)]
+        met = self._excess(metrics) <= 0
+        if not met and self.asked.effort == "quick":
+            near = f"the nearest is {chosen.title}: {self._figures(metrics)}"
+            more = "`--effort normal` trains it"
+            return self._ended(
+                "INFEASIBLE", f"no candidate reaches the target untrained; {near}; {more}"
+            )
+        return self._applied(chosen, overwrite)
+
+    def _beyond(self, one: Candidate) -> float:
+        """By how much the planned sizes are beyond their limits."""
+        known = {"size": float(self.before), "parameters": float(max(1, one.parameters))}
+        found = self.goal.excess(one.sizes, known)
+        return max(found.values(), default=0.0)
+
+    def _excess(self, metrics: dict[str, float]) -> float:
+        found = self.goal.excess(metrics, self.known)
+        return sum(max(0.0, beyond) for beyond in found.values())
+
+    def _request(self, recipe: Recipe) -> SearchRequest:
+        few = self.judged.model_copy(update={"limit": self.judged.limit or _ROWS})
+        bare = recipe.model_copy(update={"evaluate": [few]})
+        return SearchRequest(_untrained(bare), self.goal, self.asked.model, None, lambda _: None)
+
+    def _original(self, one: Candidate) -> tuple[Source, dict[str, float]]:
+        assert one.recipe is not None
+        self.asked.log(f"evaluating the original by {self.judged.metric}")
+        start = time.perf_counter()
+        found = original(self._request(one.recipe))
+        count = min(TRIALS[self.asked.effort], len(self.usable))
+        seconds = 2 * (time.perf_counter() - start) * count
+        self._restore(found[0])
+        self.asked.log(f"trying up to {count} candidates without training, about {_about(seconds)}")
+        return found
+
+    def _choose(self, possible: list[Candidate], source: Source) -> Candidate:
+        """Return the smallest that reaches the target, or the nearest to it."""
+        left = TRIALS[self.asked.effort]
+        if not self.goal.judges:  # the best of what fits: large ones are better
+            tried = possible[-left:]
+            for one in reversed(tried):
+                self._try(one, source)
+            sign = 1 if lower_is_better(self.judged.metric) else -1
+            return min(tried, key=lambda one: (self._loss(one), sign * self._quality(one)))
+        low, high, good = 0, len(possible) - 1, None
+        while low <= high and left:
+            middle = (low + high) // 2
+            left -= 1
+            if self._loss(possible[middle], source) <= 0:
+                good, high = middle, middle - 1
+            else:
+                low = middle + 1
+        # Other recipes near to it may be better at fewer bytes.
+        around = range((good if good is not None else len(possible)) - 1, -1, -1)
+        fresh = [i for i in around if _key(possible[i]) not in self.done]
+        for index in fresh[:left]:
+            if self._loss(possible[index], source) <= 0:
+                good = index
+        if good is not None:
+            return possible[good]
+        tried = [one for one in possible if _key(one) in self.done]
+        return min(tried, key=self._loss)
+
+    def _quality(self, one: Candidate) -> float:
+        return self.done[_key(one)].get("quality", float("nan"))
+
+    def _loss(self, one: Candidate, source: Source | None = None) -> float:
+        if source is not None:
+            self._try(one, source)
+        found = self.done[_key(one)]
+        return self._excess(found) if found else float("inf")
+
+    def _try(self, one: Candidate, source: Source) -> None:
+        if _key(one) in self.done:
+            return
+        assert one.recipe is not None
+        start = time.perf_counter()
+        request = self._request(one.recipe)
+        try:
+            found = run_trial(request, request.recipe, source, self.known)
+        except PlmccError as problem:
+            self.asked.log(f"  {one.title}: {problem.diagnostics[0].message}")
+            found = {}
+        else:
+            found["size"] = float(one.size)
+            took = time.perf_counter() - start
+            self.asked.log(f"  {one.title}: {self._figures(found)}  [{took:.0f} s]")
+        self.done[_key(one)] = found
+        self._keep()
+
+    def _figures(self, metrics: dict[str, float]) -> str:
+        if not metrics:
+            return "it failed"
+        size, quality = megabytes(round(metrics["size"])), number(metrics["quality"])
+        words = f"{size}, {self.judged.metric} {quality}"
+        words += f" (original {number(self.known['quality'])})"
+        return words + (f", {metrics['speed']:.2f} times as fast" if "speed" in metrics else "")
+
+    def _applied(self, chosen: Candidate, overwrite: bool) -> Shrunk:
+        assert chosen.recipe is not None
+        times = STEPS[self.asked.effort]
+        recipe = _trained(chosen.recipe, times).model_copy(update={"evaluate": [self.judged]})
+        trains = any(stage.train for stage in recipe.steps())
+        how = "training and writing it" if trains else "writing it; it is not trained"
+        self.asked.log(f"chosen: {chosen.title}; {how}")
+        resume = folder_of(self.output).exists()
+        given = {"resume": resume, "overwrite": overwrite, "log": self._indented}
+        with redirect_stdout(sys.stderr):  # the Trainer prints its log
+            result = apply(recipe, self.asked.model, self.output, **given)  # type: ignore[arg-type]
+        after = result.metrics[0]["after"]
+        sign = 1 if lower_is_better(self.judged.metric) else -1
+        before = result.metrics[0]["before"]
+        self.known |= {"quality": before}
+        size = sum(result.bytes_after.values()) + side_bytes(result.source)
+        measured = self.done[_key(chosen)] | {"size": float(size), "quality": after}
+        measured["drop"] = sign * (after - before)
+        good = self._excess(measured) <= 0
+        words = f"{megabytes(self.before)} to {self._figures(measured)}; asked: {self.goal.text}"
+        made = self._ended("ACCEPT" if good else "REGRESSION", words)
+        made.measured, made.chosen, made.recipe, made.result = (
+            measured,
+            chosen.title,
+            recipe,
+            result,
+        )
+        return made
+
+    def _indented(self, line: str) -> None:
+        self.asked.log(f"  {line}")
+
+    def _ended(self, verdict: Verdict, words: str) -> Shrunk:
+        tried = {one.title: self.done.get(_key(one), {}) for one in self.usable}
+        listed = [replace(one, metrics=tried.get(one.title, {})) for one in self.listed]
+        before = {"size": float(self.before)} | {
+            name: value for name, value in self.known.items() if name == "quality"
+        }
+        return Shrunk(verdict, words, before, metric=self.judged.metric, candidates=listed)
+
+    # --- what is kept for the next call
+
+    def _restore(self, source: Source) -> None:
+        """Read what an earlier call has measured by the same model and data."""
+        recipes = [one.recipe for one in self.usable if one.recipe is not None]
+        recipe = max(recipes, key=lambda one: len(named_data(one)))
+        recipe = recipe.model_copy(update={"evaluate": [self.judged]})
+        same = [base_digests(source), data_digests(recipe, None), self.goal.text]
+        self.digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+        file = self.work / "trials.json"
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if kept.get("digest") == self.digest:
+            self.done = kept["trials"]
+
+    def _keep(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(self.work / "trials.json", {"digest": self.digest, "trials": self.done})
+
+
+def _key(one: Candidate) -> str:
+    assert one.recipe is not None
+    return one.recipe.digest()
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _untrained(recipe: Recipe) -> Recipe:
+    return _trained(recipe, 0)
+
+
+def _trained(recipe: Recipe, times: float) -> Recipe:
+    """Return a recipe with so many times the steps; 0 takes the training away."""
+
+    def longer(train: object) -> object:
+        if train is None or not times:
+            return None
+        arguments = train.arguments  # type: ignore[attr-defined]
+        steps = {"max_steps": max(1, round(arguments["max_steps"] * times))}
+        return train.model_copy(update={"arguments": arguments | steps})  # type: ignore[attr-defined]
+
+    stages = recipe.stages and [
+        stage.model_copy(update={"train": longer(stage.train)}) for stage in recipe.stages
+    ]
+    return recipe.model_copy(update={"train": longer(recipe.train), "stages": stages})

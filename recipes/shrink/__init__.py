@@ -1,0 +1,1 @@
+"""Recipes that `plmcc shrink` chooses from; `shrink:` says what each is for."""

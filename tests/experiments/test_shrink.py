@@ -1,0 +1,248 @@
+"""`plmcc shrink` and `plmcc advise`: what is planned, tried and chosen, the verdict, going on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertForSequenceClassification, BertModel
+from typer.testing import CliRunner, Result
+
+import plmcc
+from plmcc.cli.app import app
+from plmcc.diagnostics import PlmccError
+from plmcc.experiments import shrink as engine
+from plmcc.experiments import trial
+from plmcc.experiments.candidates import candidates, shipped
+from plmcc.models.source import Source, load_source
+from plmcc.recipe.load import load_recipe
+from support.tiny_models import tiny
+from support.tokenizers import words
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
+RECIPE = """\
+plmcc: 1
+shrink: {}
+passes: [compositional_codes: {codebooks: 4, codewords: 8, rounds: 0}]
+train:
+  data: {train: TEXT, max_length: 16}
+  distill: {teacher: original, pooled: 1.0}
+  arguments: {max_steps: 2, per_device_train_batch_size: 4}
+search:
+  passes.0.compositional_codes.codebooks: [2, 4, 8]
+"""
+PRUNED = """\
+plmcc: 1
+shrink: {table: 0.1}
+passes: [prune_vocabulary: {text: TEXT}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("shrink")
+    config: Any = tiny("bert").config
+    BertModel(config).save_pretrained(made / "bert")
+    words().save_pretrained(made / "bert")
+    BertForSequenceClassification(config).save_pretrained(made / "classifier")
+    words().save_pretrained(made / "classifier")
+    lines = [" ".join(f"w{(i * j) % 80}" for j in range(1, 9)) for i in range(80)]
+    (made / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    rows = [f"{i % 2}\t{line}" for i, line in enumerate(lines)]
+    (made / "rows.tsv").write_text("\n".join(["label\ttext", *rows]), encoding="utf-8")
+    for name, text in (("codes", RECIPE), ("pruned", PRUNED)):
+        (made / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return made
+
+
+def run(folder: Path, *arguments: str, model: str = "bert") -> Result:
+    """Run the command in this process, on the recipes of the folder."""
+    own = [item for name in ("codes", "pruned") for item in ("--recipe", f"{folder / name}.yaml")]
+    return CliRunner().invoke(app, ["shrink", str(folder / model), *own, *arguments])
+
+
+def shrunk(folder: Path, *arguments: str, code: int = 0, model: str = "bert") -> dict[str, Any]:
+    text = ["--text", str(folder / "text.txt"), "--format", "json"]
+    done = run(folder, *text, *arguments, model=model)
+    assert done.exit_code == code, done.exception or done.output
+    values: dict[str, Any] = json.loads(done.stdout)
+    return values
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of the files that a server needs."""
+    ours = ("report", "plmcc.lock", "probes", "text_probes", "recipe.yaml", "README", "papers")
+    files = [f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(ours)]
+    return sum(file.stat().st_size for file in files)
+
+
+def test_the_smallest_candidate_that_is_good_enough_is_chosen(folder: Path, tmp_path: Path) -> None:
+    found = shrunk(folder, "--target", "drop<=100", "-o", str(tmp_path / "out"))
+    tried = {one["title"]: one for one in found["candidates"]}
+    assert found["verdict"] == "ACCEPT"
+    assert found["metric"] == "fidelity"
+    assert found["chosen"] == min(tried, key=lambda title: tried[title]["size"])
+    assert found["measured"]["size"] == pytest.approx(on_disk(tmp_path / "out"), rel=0.1)
+    assert found["measured"]["size"] < found["original"]["size"]
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).exit_code == 0
+    made = load_recipe(tmp_path / "out/recipe.yaml")
+    assert made.train is not None
+    assert made.search is None
+    held_out = (tmp_path / "out.shrink/held_out.txt").read_text().splitlines()
+    rest = (tmp_path / "out.shrink/text.txt").read_text().splitlines()
+    lines = (folder / "text.txt").read_text().splitlines()
+    assert len(held_out) == 4
+    assert sorted(held_out + rest) == sorted(lines)
+
+
+def test_sizes_are_planned_as_they_are_measured(folder: Path, tmp_path: Path) -> None:
+    given = ["--effort", "quick", "--target", "size<=0.9x", "-o", str(tmp_path / "out")]
+    found = shrunk(folder, *given)
+    planned = next(one for one in found["candidates"] if one["title"] == found["chosen"])
+    # A configuration has more to say of a compressed model.
+    assert planned["size"] == pytest.approx(found["measured"]["size"], abs=2000)
+    best = max(
+        (one["metrics"]["quality"], -one["size"]) for one in found["candidates"] if one["metrics"]
+    )
+    assert (planned["metrics"]["quality"], -planned["size"]) == best
+    assert not (tmp_path / "out/recipe.yaml").read_text().count("max_steps")
+
+
+def test_what_nothing_reaches_is_said_with_the_nearest(folder: Path, tmp_path: Path) -> None:
+    given = ["-o", str(tmp_path / "out"), "--target"]
+    found = shrunk(folder, *given, "size<=1kB", code=1)
+    assert found["verdict"] == "INFEASIBLE"
+    assert "the nearest is codes (codebooks 2)" in found["words"]
+    found = shrunk(folder, *given, "drop<=-50", "--effort", "quick", code=1)
+    assert found["verdict"] == "INFEASIBLE"
+    assert "the nearest is" in found["words"]
+    assert not (tmp_path / "out").exists()
+    found = shrunk(folder, *given, "drop<=-50", code=1)
+    assert found["verdict"] == "REGRESSION"
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_dry_run_only_plans(folder: Path, tmp_path: Path) -> None:
+    done = run(folder, "--text", str(folder / "text.txt"), "--dry-run")
+    assert done.exit_code == 0
+    assert "codebooks 2" in done.stdout
+    assert "4 candidates; nothing was tried" in done.stdout
+    assert "not shipped" not in done.stdout
+
+
+def test_the_same_command_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = trial.run_trial
+
+    def stopped(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(engine, "run_trial", stopped)
+    given = ["--text", str(folder / "text.txt"), "-o", str(tmp_path / "out")]
+    ended = run(folder, *given, "--target", "drop<=100", "--effort", "quick")
+    assert ended.exit_code == 130
+    shrunk(folder, *given[2:], "--target", "drop<=100", "--effort", "quick")
+    assert len(calls) == 3  # one of the two that bisection needs is known
+    found = shrunk(folder, *given[2:], "--target", "drop<=90", "--overwrite", "--effort", "quick")
+    assert found["verdict"] == "ACCEPT"
+
+
+def test_labeled_data_judge_a_classifier(folder: Path, tmp_path: Path) -> None:
+    data = ["--data", str(folder / "rows.tsv"), "--target", "drop<=100", "--effort", "quick"]
+    found = shrunk(folder, *data, "-o", str(tmp_path / "out"), model="classifier")
+    assert found["metric"] == "accuracy"
+    assert found["verdict"] == "ACCEPT"
+    assert not (tmp_path / "out.shrink/held_out.txt").exists()
+
+
+def test_a_model_in_memory_is_shrunk_from_python(folder: Path, tmp_path: Path) -> None:
+    config: Any = tiny("bert").config
+    source = Source(BertModel(config), "feature-extraction", "bert", words())
+    given: dict[str, Any] = {"effort": "quick", "recipes": [folder / "codes.yaml"]}
+    text = str(folder / "text.txt")
+    found = plmcc.shrink(source, text, "drop<=100", output=tmp_path / "out", **given)
+    assert found.verdict == "ACCEPT"
+    assert found.result is not None
+    assert plmcc.load(tmp_path / "out").num_parameters() < source.model.num_parameters()
+    with pytest.raises(PlmccError, match="the output directory exists"):
+        plmcc.shrink(source, text, output=tmp_path / "out", **given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "sise<=3MB"], "did you mean `size`?"),
+        (["--effort", "fast"], "unknown effort"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--data", "nowhere.tsv"], "nowhere.tsv"),
+        (["--metric", "bleu"], "bleu"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], said: str, folder: Path, tmp_path: Path
+) -> None:
+    given = ["--text", str(folder / "text.txt"), "-o", str(tmp_path / "out"), *arguments]
+    done = run(folder, *given)
+    assert isinstance(done.exception, PlmccError), done.exception
+    assert said in done.exception.render()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
+    for given, said in (
+        ([], "add --text FILE"),
+        (["--text", str(folder / "text.txt")], "add -o DIR"),
+    ):
+        done = run(folder, *given)
+        assert isinstance(done.exception, PlmccError)
+        assert said in done.exception.render()
+    (tmp_path / "short.txt").write_text("w1 w2\n" * 5)
+    done = run(folder, "--text", str(tmp_path / "short.txt"), "-o", str(tmp_path / "out"))
+    assert isinstance(done.exception, PlmccError)
+    assert "too short to hold a part of it out" in done.exception.render()
+
+
+def test_every_shipped_recipe_says_what_it_is_for() -> None:
+    files = shipped()
+    assert len(files) >= 8
+    for file in files:
+        recipe = load_recipe(file)
+        assert recipe.shrink is not None
+        assert recipe.name == file.stem
+        assert file.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_recipes_that_do_not_fit_say_why(folder: Path) -> None:
+    source = load_source(folder / "classifier", meta=True)
+    found = candidates(source, [str(folder / "text.txt")])
+    usable = {one.name for one in found if one.recipe is not None}
+    assert {"int8", "vocabulary", "vocabulary-int8"} <= usable
+    reasons = {one.name: one.reason for one in found if one.recipe is None}
+    assert "it is for sentence-similarity" in reasons["embedding-codes-int8"]
+    sizes = [one.size for one in found if one.recipe is not None]
+    assert sizes == sorted(sizes)
+    bare = candidates(source, [])
+    assert "add --text" in next(one.reason for one in bare if one.name == "vocabulary")
+
+
+def test_advice_shows_where_the_bytes_and_the_time_are(folder: Path) -> None:
+    given = ["advise", str(folder / "bert"), "--format", "json"]
+    done = CliRunner().invoke(app, [*given, "--text", str(folder / "text.txt")])
+    assert done.exit_code == 0, done.exception
+    values = json.loads(done.stdout)
+    files = (folder / "bert/model.safetensors").stat().st_size
+    parts = {one["name"]: one for one in values["components"]}
+    assert sum(one["bytes"] for one in parts.values()) == values["size"]
+    assert abs(values["size"] - files) < 20_000  # the tokenizer; a file of weights has a header
+    assert parts["encoder.layer"]["operations"] > 0.5
+    assert sum(one["operations"] or 0 for one in parts.values()) == pytest.approx(1)
+    assert any(one["name"] == "vocabulary-int8" for one in values["candidates"])
+    plain = CliRunner().invoke(app, given[:2])
+    assert "next: plmcc shrink" in plain.stdout
