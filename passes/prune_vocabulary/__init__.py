@@ -3,10 +3,10 @@
 Abdaoui, Pradel and Sigel, "Load What You Need: Smaller Versions of Multilingual BERT", SustaiNLP
 2020 (2010.05609). Text is encoded with the original tokenizer, and what never (or too rarely)
 occurs goes; the tokens that stay keep their order and are numbered anew. Always kept: added and
-special tokens, the unknown token, bytes to fall back on, the single characters of the text, and
-what BPE merges a kept token from; so every text whose tokens were kept is encoded as before, and
-the model computes the same from it. What is stored is an ordinary checkpoint with fewer rows, and
-a `tokenizer.json`.
+special tokens, the unknown token, bytes to fall back on, the model's prompts, the single characters
+of the text, and what BPE merges a kept token from; so every text whose tokens were kept is encoded
+as before, and the model computes the same from it. What is stored is an ordinary checkpoint with
+fewer rows, and a `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ class PruneVocabulary(Pass):
         if max(special(values)) >= rows:
             message = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows"
             raise error("PLM303", message)
-        kept, always = self._kept(values, text, size)
+        prompts = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in source.prompts]
+        kept, always = self._kept(values, text, {i for ids in prompts for i in ids}, size)
         if len(kept) >= size:
             message = f"all {size} tokens are needed: there is nothing to prune"
             raise error("PLM203", message, hint="set `coverage`, `min_count` or `keep`")
@@ -150,11 +151,13 @@ class PruneVocabulary(Pass):
             (f"token ids numbered anew: {', '.join(changed)}",) if changed else (),
         )
 
-    def _kept(self, values: Values, text: Text, size: int) -> tuple[list[int], int]:
+    def _kept(
+        self, values: Values, text: Text, prompts: set[int], size: int
+    ) -> tuple[list[int], int]:
         """Return the ids of the tokens that stay, in order, and how many of them stay whatever the
         text says."""
         spelling = Spelling(values)
-        always = special(values) | characters(values, text.characters)
+        always = special(values) | characters(values, text.characters) | prompts
         if self.languages:
             scripts = {script for name in self.languages for script in LANGUAGES[name]}
             always |= {i for piece, i in readable(values) if in_scripts(piece, scripts)}

@@ -46,6 +46,8 @@ class Pooling:
     """Modules of sentence-transformers that come after it."""
     prompt: str = ""
     """What is put before each text."""
+    prompts: tuple[str, ...] = ()
+    """All that the model knows; a user chooses one by its name."""
     prompt_tokens: int = 0
     """How many tokens of it later modules are told about; they may leave them out."""
     max_length: int | None = None
@@ -77,6 +79,7 @@ class Pooling:
             raise error("PLM303", "unknown similarity", where, got=str(measure), allowed=allowed)
         found = cls(
             prompt=prompts.get(settings.get("default_prompt_name")) or "",
+            prompts=tuple(text for text in prompts.values() if text),
             max_length=read.get("max_seq_length"),
             dims=settings.get("truncate_dim"),
             measure=measure,

@@ -19,6 +19,10 @@ class Pretrained(Protocol):
     def name(self) -> str:
         """The directory or hub id."""
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts that may stand before every text; of a sentence encoder."""
+
     def need_tokenizer(self, why: str) -> PreTrainedTokenizerBase:
         """Return the tokenizer, or raise a `PlmccError` where there is none."""
 

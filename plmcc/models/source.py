@@ -73,6 +73,11 @@ class Source:
         """Return the source of a model made in Python: without tokenizer, task by its class."""
         return cls(model, task_of(type(model).__name__), type(model).__name__)
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts that may stand before every text."""
+        return self.pooling.prompts
+
     def need_tokenizer(self, why: str) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
 

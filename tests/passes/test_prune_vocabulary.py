@@ -483,6 +483,17 @@ def test_fidelity_compares_with_the_original_and_all_its_tokens(tmp_path: Path) 
     assert found[1] < 99.9
 
 
+def test_the_prompts_of_a_sentence_encoder_stay(tmp_path: Path) -> None:
+    """They stand in no text, and before every one."""
+    source = source_of("xlm-roberta")
+    prompt = LINES[-1]
+    before = source.need_tokenizer("the test").tokenize(prompt)
+    for pooling in (Pooling(), Pooling(prompts=(prompt,))):
+        done = prune(replace(source_of("xlm-roberta"), pooling=pooling), tmp_path, KEPT[:3])
+        after = done.need_tokenizer("the test").tokenize(prompt)
+        assert (after == before) == bool(pooling.prompts)
+
+
 def test_other_passes_shrink_what_is_left(checkpoint: Path, tmp_path: Path) -> None:
     more = "  - compositional_codes: {codebooks: 4, codewords: 8}\n"
     recipe = parse_recipe(RECIPE + more, load_torch=True)
