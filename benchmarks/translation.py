@@ -38,8 +38,7 @@ import plmcc
 from plmcc.artifact.environment import hardware, versions
 from plmcc.artifact.size import file_bytes
 from plmcc.evaluation.latency import measure_generation
-from plmcc.export.exporter import export_model
-from plmcc.export.int8 import quantize
+from plmcc.export.exporter import export_model, quantize
 from plmcc.models.source import load_source
 from plmcc.utils.files import write_json
 

@@ -9,28 +9,55 @@ from typing import Annotated
 
 import typer
 
+from plmcc.cli.recipes import check_model
+from plmcc.diagnostics import did_you_mean, error
+from plmcc.utils.files import free, output_place
+
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a hub id.")]
+_Directory = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the export.")
+]
+_Target = Annotated[str, typer.Option("--to", help="aoti, onnx or executorch.")]
+_Beam = Annotated[
+    int, typer.Option("--beam", min=1, help="Translation: the largest beam width to support.")
+]
+_Int8 = Annotated[
+    bool, typer.Option("--int8", help="Quantize linear layers to int8 (aoti: extra `quantize`).")
+]
+_Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        help="onnx: `hub` writes onnx/model.onnx, model_quantized.onnx and model_q4.onnx with "
+        "pooling inside, for servers and browsers.",
+    ),
+]
+_Precision = Annotated[
+    list[str] | None,
+    typer.Option("--precision", help="hub: fp32, int8 or q4; repeatable. By default all."),
+]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier export in that directory.")
+]
+
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a hub id.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the export.")
-    ],
-    to: Annotated[str, typer.Option("--to", help="aoti, onnx or executorch.")] = "aoti",
-    beam: Annotated[
-        int, typer.Option("--beam", min=1, help="Translation: the largest beam width to support.")
-    ] = 4,
-    int8: Annotated[
-        bool,
-        typer.Option("--int8", help="Quantize linear layers to int8 (aoti: extra `quantize`)."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier export in that directory.")
-    ] = False,
+    model: _Model,
+    output: _Directory,
+    to: _Target = "aoti",
+    beam: _Beam = 4,
+    int8: _Int8 = False,
+    layout: _Layout = "plmcc",
+    precision: _Precision = None,
+    overwrite: _Overwrite = False,
 ) -> None:
     """Export an encoder or a translation model as programs that run without its Python code."""
     from plmcc.export.targets import check_target
 
     check_target(to)  # before torch is imported
+    if layout != "plmcc" or precision:
+        _hub(model, output, to, layout, precision, overwrite)
+        return
 
     from plmcc.export.exporter import export_directory
     from plmcc.utils.terminal import calm
@@ -41,6 +68,39 @@ def export(
         typer.echo(f"relative difference of the outputs in a fresh process: {made.difference:.1e}")
     code = "; its .pt2 files contain machine code" if to == "aoti" else ""
     typer.echo(f"written to {output}{code}")
+
+
+_PRECISIONS = ("fp32", "int8", "q4")
+
+
+def _hub(
+    model: str, output: Path, to: str, layout: str, precision: list[str] | None, overwrite: bool
+) -> None:
+    for option, given, known in (
+        ("--layout", [layout], ["plmcc", "hub"]),
+        ("--precision", precision or [], _PRECISIONS),
+    ):
+        for name in given:
+            if name not in known:
+                allowed, hint = ", ".join(known), did_you_mean(name, known)
+                message = f"unknown {option.removeprefix('--')}"
+                raise error("PLM502", message, option, got=name, allowed=allowed, hint=hint)
+    if to != "onnx" or layout != "hub":
+        message = "this needs `--to onnx --layout hub`"
+        raise error("PLM502", message, "--layout", got=f"--to {to} --layout {layout}")
+    free(output_place(output), overwrite)
+    check_model(model)
+
+    from plmcc.export.hub import export_hub
+    from plmcc.report.words import megabytes
+    from plmcc.utils.terminal import calm
+
+    calm()
+    for file in export_hub(model, output, precisions=precision or _PRECISIONS, overwrite=overwrite):
+        low = "; that is low: measure its quality before you use it" if file.low else ""
+        size = megabytes(file.bytes)
+        typer.echo(f"{file.name}: {size}, cosine with the model {file.cosine:.4f}{low}")
+    typer.echo(f"written to {output}")
 
 
 def translate(

@@ -107,7 +107,9 @@ class Pooling:
         values |= {"sentence_embedding": pooled_BD} if pooled_BD is not None else {}
         values |= {"prompt_length": self.prompt_tokens} if self.prompt_tokens else {}
         for module in self.later:
-            values = module.to(states_BLD.device)(values)
+            if next(module.parameters(), states_BLD).device != states_BLD.device:
+                module.to(states_BLD.device)
+            values = module(values)
         found: Tensor = values["sentence_embedding"]
         return found[:, : self.dims]
 

@@ -6,19 +6,20 @@ import importlib.metadata
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plmcc.api import Hard
 from plmcc.artifact.environment import versions
 from plmcc.diagnostics import error
 from plmcc.export.encoder import check_encoder, write_encoder
-from plmcc.export.int8 import quantize
 from plmcc.export.manifest import MANIFEST, Manifest, is_export
 from plmcc.export.proof import prove, record
 from plmcc.export.targets import NEEDED, check_target
 from plmcc.export.translation import check_programs, write_translation
 from plmcc.inference.generate import translates
 from plmcc.models.source import folder_digests, load_source
+from plmcc.utils.extras import library
 from plmcc.utils.files import check_outside, is_occupied, output_place, replace_directory
 
 
@@ -176,3 +177,25 @@ def _free(target: Path, overwrite: bool) -> Path:
             raise error("PLM501", message, str(target), hint=hint)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
+
+
+def quantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Quantize the linear layers of a model in place: weights by output row, activations by token.
+
+    An output head that is tied to the embedding table gets an int8 copy of its own; the table stays
+    as it is. The result computes, compiles and exports, but is not for `save_pretrained`.
+
+    Args:
+        model: in evaluation mode; its linear layers in float32 or bfloat16.
+
+    Raises:
+        PlmccError: torchao is not installed.
+    """
+    torchao = library("torchao.quantization", "quantize", "int8", "quantize")
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in tables:
+            copied = module.weight.detach().clone()
+            module.weight = nn.Parameter(copied, requires_grad=False)
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
+    return model

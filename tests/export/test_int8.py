@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from plmcc.cli.app import app
-from plmcc.export import int8 as quantize
+from plmcc.export import exporter as quantize
 from support.tiny_models import inputs, tiny
 
 IN_A_PROCESS = """
