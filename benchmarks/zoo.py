@@ -190,6 +190,9 @@ def build(model_type: str) -> PreTrainedModel | str:
                     continue
                 model: PreTrainedModel = kind(config).eval()
                 first_output(model, probe_inputs(model))
+                with tempfile.TemporaryDirectory() as folder:  # some configs do not allow it
+                    model.save_pretrained(folder)
+                    kind.from_pretrained(folder)
             except Exception as problem:  # a type that needs more than small numbers, or pictures
                 reason = f"{type(problem).__name__}: {first_line(problem)}"
                 continue

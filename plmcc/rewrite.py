@@ -438,7 +438,7 @@ def splice(
         message = f"it shares its weight with {listing(paths[1:], 3)}"
         hint = "leave it out of `targets`; for authors: use `plmcc.kit.HardLinear` and `Trainable`"
         raise error("PLM203", message, f"model: {paths[0]}", hint=hint)
-    ties = [(part, part.get_expanded_tied_weights_keys()) for part in _models(model)]
+    ties = [(part, _ties(part)) for part in _models(model)]
     model.set_submodule(paths[0], module)
     share(module, module.shares)
     for path, role in zip(paths[1:], roles[1:], strict=True):
@@ -450,6 +450,20 @@ def splice(
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+def _ties(part: PreTrainedModel) -> dict[str, str]:
+    """Return the tied names of a model: which one is that of another.
+
+    Raises:
+        PlmccError: its class says it in a way that transformers does not understand.
+    """
+    try:
+        found: dict[str, str] = part.get_expanded_tied_weights_keys()
+    except ValueError as problem:
+        message = f"transformers cannot say which weights of {type(part).__name__} are tied"
+        raise error("PLM203", message, got=first_line(problem)) from problem
+    return found
 
 
 def _keep_ties(part: PreTrainedModel, mapping: dict[str, str]) -> None:
