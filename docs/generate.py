@@ -35,6 +35,7 @@ _BLOCKS = {
     5: "Command line and files",
 }
 _GUIDES = (
+    "shrink",
     "your-data",
     "embedding-tables",
     "translation",

@@ -21,7 +21,7 @@ class Pretrained(Protocol):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The texts that may stand before every text; of a sentence encoder."""
+        """The prompts of a sentence encoder, one of which precedes every text."""
 
     def need_tokenizer(self, why: str) -> PreTrainedTokenizerBase:
         """Return the tokenizer, or raise a `PlmccError` where there is none."""

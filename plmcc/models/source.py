@@ -75,7 +75,7 @@ class Source:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The texts that may stand before every text."""
+        """The prompts, one of which precedes every text."""
         return self.pooling.prompts
 
     def need_tokenizer(self, why: str) -> PreTrainedTokenizerBase:
