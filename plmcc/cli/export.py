@@ -17,7 +17,12 @@ _Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory 
 _Directory = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Directory for the export.")
 ]
-_Target = Annotated[str, typer.Option("--to", help="aoti, onnx or executorch.")]
+_Target = Annotated[
+    str,
+    typer.Option(
+        "--to", help="aoti, onnx, executorch, or dense: an ordinary checkpoint without plmcc."
+    ),
+]
 _Beam = Annotated[
     int, typer.Option("--beam", min=1, help="Translation: the largest beam width to support.")
 ]
@@ -54,6 +59,9 @@ def export(
     """Export an encoder or a translation model as programs that run without its Python code."""
     from plmcc.export.targets import check_target
 
+    if to == "dense":
+        _dense(model, output, overwrite)
+        return
     check_target(to)  # before torch is imported
     if layout != "plmcc" or precision:
         _hub(model, output, to, layout, precision, overwrite)
@@ -68,6 +76,21 @@ def export(
         typer.echo(f"relative difference of the outputs in a fresh process: {made.difference:.1e}")
     code = "; its .pt2 files contain machine code" if to == "aoti" else ""
     typer.echo(f"written to {output}{code}")
+
+
+def _dense(model: str, output: Path, overwrite: bool) -> None:
+    free(output_place(output), overwrite)
+    check_model(model)
+
+    from plmcc.export.exporter import export_dense
+    from plmcc.report.words import megabytes
+    from plmcc.utils.terminal import calm
+
+    calm()
+    before, after, difference = export_dense(model, output, overwrite=overwrite)
+    typer.echo(f"{megabytes(before)} became {megabytes(after)}: tables and layers are decoded")
+    typer.echo(f"relative difference of the outputs: {difference:.1e}")
+    typer.echo(f"written to {output}; it loads without plmcc")
 
 
 _PRECISIONS = ("fp32", "int8", "q4")

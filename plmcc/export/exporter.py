@@ -10,7 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plmcc.api import Hard
+from plmcc.artifact.dense import densified
 from plmcc.artifact.environment import versions
+from plmcc.artifact.size import component_bytes
+from plmcc.artifact.verify import first_output
 from plmcc.diagnostics import error
 from plmcc.export.encoder import check_encoder, write_encoder
 from plmcc.export.manifest import MANIFEST, Manifest, is_export
@@ -18,9 +21,17 @@ from plmcc.export.proof import prove, record
 from plmcc.export.targets import NEEDED, check_target
 from plmcc.export.translation import check_programs, write_translation
 from plmcc.inference.generate import translates
+from plmcc.ir.probes import probe_inputs
+from plmcc.models.other_files import copy_other_files
 from plmcc.models.source import folder_digests, load_source
 from plmcc.utils.extras import library
-from plmcc.utils.files import check_outside, is_occupied, output_place, replace_directory
+from plmcc.utils.files import check_outside, free, is_occupied, output_place, replace_directory
+from plmcc.utils.numerics import relative_difference
+
+_EXACT = {torch.float32: 1e-4, torch.float64: 1e-8}
+_ROUGH = 0.2
+"""How far a dense checkpoint may be from its artifact: exactly decoded, and where the artifact
+rounds what layers are called with."""
 
 
 def export_directory(
@@ -50,6 +61,43 @@ def export_directory(
         int8=int8,
         base=source.folder,
     )
+
+
+def export_dense(name: str, target: Path, *, overwrite: bool = False) -> tuple[int, int, float]:
+    """Write an artifact as an ordinary checkpoint, which loads without plmcc.
+
+    Args:
+        name: the artifact.
+        target: the directory of the checkpoint.
+        overwrite: replace an existing directory.
+
+    Returns:
+        The bytes of its weights before and after, and how far its outputs are from those of the
+        artifact, relative to their scale.
+
+    Raises:
+        PlmccError: its structure is not that of the architecture, or the checkpoint computes
+            something else.
+    """
+    target = free(output_place(target), overwrite)
+    source = load_source(name)
+    check_outside(target, Path(name))
+    made = densified(source.model)
+    inputs = probe_inputs(source.model)
+    one, two = (first_output(model, inputs) for model in (source.model, made))
+    difference = relative_difference(two, one)
+    coarse = any(isinstance(part, Hard) and part.rounds_inputs for part in source.model.modules())
+    if not difference <= (_ROUGH if coarse else _EXACT.get(made.dtype, 5e-2)):
+        message = f"the checkpoint would differ by {difference:.3g} of its scale from the artifact"
+        raise error("PLM402", message, name)
+    sizes = [sum(component_bytes(model).values()) for model in (source.model, made)]
+    with replace_directory(target, "config.json") as draft:
+        made.save_pretrained(draft)
+        if source.folder is not None:
+            copy_other_files(source.other_files(), source.folder, draft)
+        if source.tokenizer is not None and not any(draft.glob("*tokeniz*")):
+            source.tokenizer.save_pretrained(draft)
+    return sizes[0], sizes[1], difference
 
 
 def export_model(

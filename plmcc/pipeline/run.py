@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 from plmcc import rewrite
 from plmcc.artifact import format as artifact
 from plmcc.artifact.size import Inventory, component_bytes
+from plmcc.artifact.stock import needs_plmcc
 from plmcc.artifact.verify import check_cache, same_with_cache
 from plmcc.catalog import registry as catalog
 from plmcc.data.tasks import LANGUAGE
@@ -146,8 +147,10 @@ def _last_digest(result: Result) -> str:
 
 def _finish(recipe: Recipe, result: Result, sizes: Inventory) -> None:
     """Make the model an artifact, and note its sizes."""
-    if result.records:  # a model without passes stays one that transformers loads alone
-        artifact.adopt(result.model, result.records)
+    model = result.model
+    already = getattr(model.config, "quantization_config", None) is not None
+    if result.records and (already or needs_plmcc(model)):
+        artifact.adopt(model, result.records)
     rewritten = [item.paths[0] for item in result.records]
     result.bytes_before = sizes.by_component(rewritten)
     result.bytes_after = component_bytes(result.model, rewritten)

@@ -60,24 +60,28 @@ class Target:
         return asdict(self)
 
 
-def targets(model: PreTrainedModel, rewritten: Sequence[tuple[str, str, str]]) -> list[Target]:
+def targets(
+    model: PreTrainedModel, rewritten: Sequence[tuple[str, str, str]], needs_plmcc: str = ""
+) -> list[Target]:
     """Return what each deploy target does with a result.
 
     Args:
         model: the result, also one on the meta device.
         rewritten: pass, module path and class of every place that is no longer transformers' own.
+        needs_plmcc: why transformers alone does not load it.
     """
     return [
-        _transformers(rewritten),
+        _transformers(needs_plmcc),
         _compile(model),
         *(_exported(model, to) for to in TARGETS),
         _ctranslate2(model, rewritten),
     ]
 
 
-def _transformers(rewritten: Sequence[tuple[str, str, str]]) -> Target:
-    if rewritten:
-        return Target("transformers", "yes", "`from_pretrained` loads it after `import plmcc`")
+def _transformers(needs_plmcc: str) -> Target:
+    if needs_plmcc:
+        reason = f"`from_pretrained` loads it after `import plmcc`: {needs_plmcc}"
+        return Target("transformers", "yes", reason)
     return Target("transformers", "yes", "an ordinary checkpoint, loaded without plmcc")
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from plmcc.api import Miss, Pass, Site
 from plmcc.artifact.size import component_bytes
+from plmcc.artifact.stock import needs_plmcc
 from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import Diagnostic, Location, PlmccError, error
 from plmcc.ir.calibration import CalibrationData
@@ -75,6 +76,8 @@ class Plan:
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[Diagnostic] = field(default_factory=list)
+    needs_plmcc: str = ""
+    """Why the result is loaded with plmcc only; empty where transformers loads it alone."""
     seconds: float = 0.0
 
     @property
@@ -181,7 +184,9 @@ def plan(
             try_out(recipe, untouched)
     made.notes[:0] = source.notes
     made.notes += _larger(made)
-    made.targets = [] if made.problems else targets(model, rewritten)
+    made.needs_plmcc = "" if made.problems else needs_plmcc(model)
+    changed = rewritten if made.needs_plmcc else []
+    made.targets = [] if made.problems else targets(model, changed, made.needs_plmcc)
     made.seconds = round(time.perf_counter() - start, 3)
     return made
 
