@@ -1,4 +1,4 @@
-"""Artifacts as ordinary checkpoints: `plmcc export --to dense`, and results that are ones already."""
+"""Artifacts as ordinary checkpoints: `export --to dense`, and results that are ones already."""
 
 from __future__ import annotations
 
