@@ -20,7 +20,7 @@ from plmcc.cli.export import export, translate
 from plmcc.cli.extend import check_pass, explain, new_pass, passes, schema
 from plmcc.cli.measure import bench, evaluate
 from plmcc.cli.plan import check, dry_run, match, plan
-from plmcc.cli.proof import diff, reproduce, verify
+from plmcc.cli.proof import diff, push, reproduce, verify
 from plmcc.cli.search import search
 from plmcc.cli.shrink import advise, shrink
 from plmcc.diagnostics import PlmccError, error, out_of_memory
@@ -28,9 +28,13 @@ from plmcc.diagnostics import PlmccError, error, out_of_memory
 _INTERRUPTED = 130  # what typer exits with after Ctrl-C
 _HELP = """Compress a pretrained language model, by a recipe of yours or by one that is chosen.
 
-plmcc shrink MODEL --text mine.txt --target "size<=30MB,drop<=1" -o small
+Try it in a checkout, without any data:
 
-plmcc apply recipe.yaml MODEL -o small"""
+plmcc apply recipes/demo.yaml sentence-transformers/all-MiniLM-L6-v2 -o small
+
+With text of yours:
+
+plmcc shrink MODEL --text mine.txt --target "size<=30MB,drop<=1" -o small"""
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {"shrink": shrink, "advise": advise, "apply": apply},
@@ -43,7 +47,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "evaluate": evaluate,
     },
     "Choose": {"compare": compare, "search": search},
-    "Ship": {"export": export, "translate": translate},
+    "Ship": {"export": export, "push": push, "translate": translate},
     "Extend": {
         "passes": passes,
         "schema": schema,

@@ -49,6 +49,47 @@ def verify(artifact: Artifact, output: Output = Format.text) -> None:
         typer.echo(f"  note: {name} is not in the lock file")
 
 
+def push(
+    artifact: Artifact,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name on the hub: OWNER/NAME.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create it as a private repository.")
+    ] = False,
+) -> None:
+    """Verify an artifact, and upload it to the Hugging Face Hub."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    from plmcc.artifact import lock
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as problem:
+        allowed = "OWNER/NAME, of letters, digits and ._-"
+        message = f"this is no name of the hub: {problem}".splitlines()[0]
+        raise error("PLM502", message, "NAME", got=name, allowed=allowed) from None
+    if not artifact.is_dir():
+        raise error("PLM401", "the directory does not exist", str(artifact))
+    lock.check(artifact)  # before torch is imported
+    verify(artifact, Format.text)
+
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        typer.echo(f"uploading to {api.endpoint}/{name}", err=True)
+        made = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=artifact)
+    except OfflineModeIsEnabled:
+        hint = "unset HF_HUB_OFFLINE"
+        raise error("PLM502", "the hub cannot be reached offline", name, hint=hint) from None
+    except (HfHubHTTPError, OSError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        hint = "`hf auth login` stores a token; check the name and your rights"
+        raise error("PLM501", f"the upload failed: {reason}", name, hint=hint) from None
+    typer.echo(f"uploaded: {made}")
+
+
 _Base = Annotated[
     Path | None,
     typer.Option("--base", metavar="DIR", help="Directory that relative data paths start from."),

@@ -22,7 +22,7 @@ from plmcc.export.targets import NEEDED, check_target
 from plmcc.export.translation import check_programs, write_translation
 from plmcc.inference.generate import translates
 from plmcc.ir.probes import probe_inputs
-from plmcc.models.other_files import copy_other_files
+from plmcc.models.other_files import copy_other_files, require_plmcc
 from plmcc.models.source import folder_digests, load_source
 from plmcc.utils.extras import library
 from plmcc.utils.files import check_outside, free, is_occupied, output_place, replace_directory
@@ -97,6 +97,7 @@ def export_dense(name: str, target: Path, *, overwrite: bool = False) -> tuple[i
             copy_other_files(source.other_files(), source.folder, draft)
         if source.tokenizer is not None and not any(draft.glob("*tokeniz*")):
             source.tokenizer.save_pretrained(draft)
+        require_plmcc(draft, False)
     return sizes[0], sizes[1], difference
 
 

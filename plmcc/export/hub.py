@@ -26,7 +26,7 @@ from plmcc.diagnostics import PlmccError, error
 from plmcc.export.encoder import check_encoder, encoder_program, example, longest
 from plmcc.export.targets import check_target
 from plmcc.kit import HardLinear
-from plmcc.models.other_files import copy_other_files
+from plmcc.models.other_files import copy_other_files, require_plmcc
 from plmcc.models.source import Source, load_source
 from plmcc.utils.files import check_outside, free, output_place, replace_directory
 from plmcc.utils.numerics import relative_difference
@@ -236,3 +236,4 @@ def _write_others(source: Source, folder: Path) -> None:
         source.tokenizer.save_pretrained(folder)
     if source.folder is not None:
         copy_other_files(source.other_files(), source.folder, folder)
+    require_plmcc(folder, False)

@@ -7,6 +7,7 @@ anew, and what an artifact must not hold: code and pickled objects.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterator
@@ -185,6 +186,25 @@ def copy_other_files(found: OtherFiles, folder: Path, target: Path) -> None:
             copy.write_text(_without_code(folder / inner), encoding="utf-8")
         else:
             shutil.copyfile(folder / inner, copy)
+
+
+def require_plmcc(folder: Path, needed: bool) -> None:
+    """Tell sentence-transformers whether a model of its kind needs plmcc: it then names the package
+    where it is missing, before it reads anything else."""
+    file = folder / "config_sentence_transformers.json"
+    if not (folder / MODULES).is_file():
+        return
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    others = {n: v for n, v in (values.pop("requirements", None) or {}).items() if n != "plmcc"}
+    own = {"plmcc": f">={_version()}"} if needed else {}
+    if not (others or own) and not file.is_file():
+        return
+    more = {"requirements": others | own} if others or own else {}
+    file.write_text(json.dumps(values | more, indent=2) + "\n", encoding="utf-8")
+
+
+def _version() -> str:
+    return importlib.metadata.version("plmcc")
 
 
 def _unpickle(file: Path, copy: Path) -> None:

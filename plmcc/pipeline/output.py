@@ -17,7 +17,7 @@ from plmcc.data.tasks import EMBEDDING
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.export.exporter import export_model
 from plmcc.export.targets import TARGETS
-from plmcc.models.other_files import copy_other_files
+from plmcc.models.other_files import copy_other_files, require_plmcc
 from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import Recipe
 from plmcc.report.documents import write_documents
@@ -63,6 +63,7 @@ def save(result: Result, folder: Path) -> None:
         source.tokenizer.save_pretrained(folder)
     if source.folder is not None:
         copy_other_files(source.other_files(), source.folder, folder)
+    require_plmcc(folder, getattr(result.model.config, "quantization_config", None) is not None)
     model: torch.nn.Module = result.model
     if source.tokenizer is not None and not any(folder.glob("*tokeniz*")):
         # The files are better where there are any: a tokenizer in use has its settings changed.

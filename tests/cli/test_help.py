@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from plmcc.cli.app import app
 
 PANELS = {
-    "Start": ["apply"],
+    "Start": ["shrink", "advise", "apply"],
     "Look": ["check", "match", "plan", "test"],
     "Prove": ["verify", "reproduce", "diff", "bench", "evaluate"],
     "Choose": ["compare", "search"],
-    "Ship": ["export", "translate"],
+    "Ship": ["export", "push", "translate"],
     "Extend": ["passes", "schema", "new-pass", "check-pass", "explain"],
     "Word vectors": ["vectors"],
 }

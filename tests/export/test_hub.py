@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -80,6 +81,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parse_recipe(text, load_torch=True), made / "sentences", made / "compressed", base=made
     )
     return made
+
+
+def test_sentence_transformers_is_told_that_it_needs_plmcc(folder: Path, tmp_path: Path) -> None:
+    name = "config_sentence_transformers.json"
+    values = json.loads((folder / "compressed" / name).read_text())
+    assert values["requirements"] == {"plmcc": f">={importlib.metadata.version('plmcc')}"}
+    code = "import sys; sys.modules['plmcc'] = None; import importlib.metadata as m\n"
+    code += "real = m.version\n"
+    code += "def version(n):\n if n == 'plmcc': raise m.PackageNotFoundError(n)\n return real(n)\n"
+    code += "m.version = version; from sentence_transformers import SentenceTransformer\n"
+    code += f"SentenceTransformer({str(folder / 'compressed')!r})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "plmcc" in done.stderr.splitlines()[-1]
+    assert "ImportError" in done.stderr
+    dense = ["export", str(folder / "compressed"), "--to", "dense", "-o", str(tmp_path / "dense")]
+    made = CliRunner().invoke(app, dense)
+    assert made.exit_code == 0, made.exception
+    assert "requirements" not in json.loads((tmp_path / "dense" / name).read_text())
 
 
 @pytest.mark.parametrize("name", ["sentences", "compressed"])
