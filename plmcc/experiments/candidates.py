@@ -164,12 +164,12 @@ class Outline:
         Raises:
             PlmccError: it does not fit the model.
         """
-        first, *others = [s.model_copy(update={"train": None}) for s in recipe.steps()]
+        first, *others = recipe.steps()
         early = [chosen for chosen in first.passes if prepares(chosen)]
         later = [chosen for chosen in first.passes if not prepares(chosen)]
         source, beside = self._after(early)
         stages = [first.model_copy(update={"passes": later}), *others]
-        stages = [stage for stage in stages if stage.passes]
+        stages = [stage for stage in stages if stage.passes or stage.train]
         if not stages:
             return _weights(source) + beside, parameter_count(source.model)
         rest = Recipe(task=recipe.task, stages=stages)

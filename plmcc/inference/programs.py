@@ -57,7 +57,7 @@ def recorded(
         The self-attention caches `RHTD` (T is 1) and the cross-attention caches `RHSD`: keys of all
         layers, then values of all layers.
     """
-    size = output_depth(model)
+    size = output_depth(model.config)
     own, cross = ([_Recorded() for _ in range(size)] for _ in range(2))
     self_mask = mask_R11S.new_zeros(token_R.shape[0], 1, 1, 1)
     cache = EncoderDecoderCache(Cache([*own]), Cache([*cross]))
@@ -100,7 +100,7 @@ class DecoderStep(nn.Module):
         mask_A11S: Tensor,
         caches: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        size = output_depth(self.model)
+        size = output_depth(self.model.config)
         keys, values, cross_keys, cross_values = (
             caches[start : start + size] for start in range(0, 4 * size, size)
         )

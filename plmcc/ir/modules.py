@@ -10,7 +10,7 @@ import typing
 from typing import Any
 
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 _ATTENTION_CALLS = {"ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention"}
@@ -120,10 +120,10 @@ def stack_depths(model: nn.Module) -> dict[str, int]:
     }
 
 
-def output_depth(model: PreTrainedModel) -> int:
+def output_depth(config: PreTrainedConfig) -> int:
     """Return the number of layers of the stack that makes the output: of an encoder-decoder, those
     of its decoder."""
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     for name in ("decoder_layers", "num_decoder_layers") if config.is_encoder_decoder else ():
         if getattr(config, name, None):
             return int(getattr(config, name))

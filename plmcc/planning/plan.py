@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from plmcc.api import Miss, Pass, Site
 from plmcc.artifact.size import component_bytes
@@ -21,6 +21,7 @@ from plmcc.artifact.stock import needs_plmcc
 from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import Diagnostic, Location, PlmccError, error
 from plmcc.ir.calibration import CalibrationData
+from plmcc.ir.modules import output_depth
 from plmcc.ir.program import Program
 from plmcc.models.new import new_source
 from plmcc.models.reduced import Reducible
@@ -32,9 +33,10 @@ from plmcc.pipeline.trial import try_out
 from plmcc.planning.cost import Cost, cost
 from plmcc.planning.deploy import Target, targets
 from plmcc.planning.memory import Extra, Memory, training_memory
-from plmcc.recipe.load import Recipe, Scratch
+from plmcc.recipe.load import Recipe, Scratch, Stage
 from plmcc.recipe.needs import check_calibrated
 from plmcc.rewrite import claim, match_pass
+from plmcc.training.distillation import layer_map
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 
@@ -156,6 +158,7 @@ def plan(
     original = sum(component_bytes(model).values())
     store(recipe, model)
     untouched = Reducible.of(model)  # before rules change it
+    teacher = copy.deepcopy(model.config)
     for check in CHECKS:
         with _problems_of(made):
             check(recipe, source)
@@ -166,6 +169,8 @@ def plan(
         done = {item["pass"]: _statistics(item["statistics"]) for item in sites}
     for number, stage in enumerate(recipe.steps()):
         rules, extra = _stage(recipe, number, done, model, made, rewritten)
+        with _problems_of(made):
+            _check_depths(stage, model, teacher)
         memory = after = None
         if not made.problems:
             if stage.train is not None and not brief:
@@ -198,6 +203,13 @@ def _problems_of(made: Plan) -> Iterator[None]:
         yield
     except PlmccError as problem:
         made.problems += [d for d in problem.diagnostics if d not in made.problems]
+
+
+def _check_depths(stage: Stage, model: PreTrainedModel, teacher: PreTrainedConfig) -> None:
+    """Check that layers can follow those of the original."""
+    distill = stage.train.distill if stage.train else None
+    if distill is not None and distill.hidden_states and distill.teacher == "original":
+        layer_map(distill, output_depth(model.config), output_depth(teacher))
 
 
 def _larger(made: Plan) -> list[str]:

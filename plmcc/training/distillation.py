@@ -26,6 +26,33 @@ _SPANS = ("start_logits", "end_logits")
 """What models of extractive question answering return: two distributions over the tokens."""
 
 
+def layer_map(settings: Distill, mine: int, theirs: int) -> dict[int, int]:
+    """Return which state of the teacher each state of the student follows; 0 is the output of the
+    embedding.
+
+    Args:
+        settings: may name the layers.
+        mine: layers of the student.
+        theirs: layers of the teacher.
+
+    Raises:
+        PlmccError: they do not go together.
+    """
+    chosen, where = settings.layers, "train.distill.layers"
+    if chosen is None and theirs % mine:
+        hint = "write `layers: {student: teacher, ...}`"
+        message = f"{mine} student layers cannot be mapped evenly to {theirs} teacher layers"
+        raise error("PLM303", message, where, hint=hint)
+    even = {i: i * (theirs // mine) for i in range(mine + 1)}
+    mapping = even if chosen is None else dict(chosen)
+    for student, teacher in mapping.items():
+        if student > mine or teacher > theirs:
+            given, allowed = f"{student}: {teacher}", f"student 0 to {mine}, teacher 0 to {theirs}"
+            message = "`layers` names a layer that does not exist"
+            raise error("PLM303", message, where, got=given, allowed=allowed)
+    return mapping
+
+
 class Distillation:
     """The teacher's part of the loss.
 
@@ -115,28 +142,8 @@ class Distillation:
     def _layer_map(self, model: PreTrainedModel) -> dict[int, int]:
         """Student state -> teacher state; state 0 is the embedding output, as in
         `output_hidden_states`."""
-        mine, theirs = output_depth(model), output_depth(self.teacher)
-        chosen = self.settings.layers
-        if chosen is None and theirs % mine:
-            hint = "write `layers: {student: teacher, ...}`"
-            message = f"{mine} student layers cannot be mapped evenly to {theirs} teacher layers"
-            raise error("PLM303", message, "train.distill.layers", hint=hint)
-        mapping = (
-            dict(chosen)
-            if chosen is not None
-            else {i: i * (theirs // mine) for i in range(mine + 1)}
-        )
-        for student, teacher in mapping.items():
-            if student > mine or teacher > theirs:
-                allowed = f"student 0 to {mine}, teacher 0 to {theirs}"
-                raise error(
-                    "PLM303",
-                    "`layers` names a layer that does not exist",
-                    "train.distill.layers",
-                    got=f"{student}: {teacher}",
-                    allowed=allowed,
-                )
-        return mapping
+        depths = output_depth(model.config), output_depth(self.teacher.config)
+        return layer_map(self.settings, *depths)
 
     def _encoder_map(self, model: PreTrainedModel) -> dict[int, int]:
         """As `_layer_map` for the encoder of an encoder-decoder; empty where depths do not fit."""

@@ -32,6 +32,20 @@ def test_a_limit_says_by_how_much_it_is_exceeded() -> None:
     assert goal.excess({"size": 50.0}, original) == {"size": 0.0}
 
 
+def test_a_drop_may_be_a_part_of_the_quality_and_speed_is_at_least() -> None:
+    goal = parse_goal("drop<=5%,speed>=2x")
+    assert goal.limits == (Limit("drop", 0.05, True, False), Limit("speed", 2, False, True))
+    known = {"quality": 40.0, "drop": 0.0}
+    assert goal.excess({"drop": 3.0, "speed": 1.5}, known) == {
+        "drop": pytest.approx(0.5),
+        "speed": pytest.approx(0.25),
+    }
+    assert goal.excess({"drop": 2.0, "speed": 2.0}, known) == {"drop": 0, "speed": 0}
+    assert goal.judges
+    with pytest.raises(PlmccError, match="needs `>=`"):
+        parse_goal("speed<=2")
+
+
 def test_quality_goes_the_way_of_the_metric() -> None:
     assert not parse_goal("quality<=20", lower_is_better=True).limits[0].at_least
     with pytest.raises(PlmccError, match="needs `>=`"):

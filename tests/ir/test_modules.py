@@ -74,6 +74,6 @@ def test_the_depth_of_a_model_is_that_of_the_stack_of_its_output(name: str) -> N
     for field in ("decoder_layers", "num_decoder_layers"):
         if getattr(model.config, field, None):
             setattr(model.config, field, 5)
-            assert output_depth(model) == 5
+            assert output_depth(model.config) == 5
             return
-    assert output_depth(model) == stacks[last[0]]
+    assert output_depth(model.config) == stacks[last[0]]

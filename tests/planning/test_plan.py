@@ -340,3 +340,16 @@ def test_an_encoder_decoder_without_a_start_token_is_refused_where_data_is_used(
     assert plan(
         recipe_of("passes: [low_rank: {rank: 4, weighting: none}]\n"), str(tmp_path / "t5")
     ).ok
+
+
+def test_layers_that_cannot_follow_the_teacher_are_refused_by_the_plan(tmp_path: Path) -> None:
+    folder = outline_of("bert", tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = (
+        "passes: [drop_layers: {{targets: layers, keep: {}}}]\n"
+        "train:\n  data: {{train: synthetic}}\n  distill: {{hidden_states: 1.0}}\n"
+    )
+    assert plan(recipe_of(text.format(2)), str(folder)).ok
+    (problem,) = plan(recipe_of(text.format(3)), str(folder)).problems
+    assert "3 student layers cannot be mapped evenly to 4 teacher layers" in problem.message
