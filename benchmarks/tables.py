@@ -345,6 +345,26 @@ def export(rows: list[Row]) -> str:
     )
 
 
+def multilingual(rows: list[Row]) -> str:
+    """Sizes and scores by language, from large to small; what is quoted has no scores."""
+    head = ("", "on disk", "en", "de", "es", "fr", "mean drop", "steps")
+    found = []
+    for row in sorted(rows, key=lambda one: -one["disk_bytes"]):
+        scores = row.get("stsb_test", {})
+        cells = [f"{scores[name]:.2f}" if name in scores else "" for name in head[2:6]]
+        drop = f"{row['mean_drop']:.2f}" if "mean_drop" in row else ""
+        size = f"{row['disk_bytes'] / 1e6:.1f} MB"
+        found.append((row["system"], size, *cells, drop, str(row.get("train_steps", ""))))
+    return markdown(head, found)
+
+
+def multilingual_short(rows: list[Row]) -> str:
+    """The README's part of it: what was measured, without the ablations."""
+    left = ("not trained", "FAISS", "6 layers")
+    measured = [row for row in rows if "stsb_test" in row]
+    return multilingual([r for r in measured if not any(w in r["system"] for w in left)])
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "codes_initialisation": codes_initialisation,
     "embeddings": embeddings,
@@ -352,12 +372,16 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "joint_attention": joint_attention,
     "low_rank": low_rank,
     "minilm_codes": minilm_codes,
+    "multilingual": multilingual,
     "pruning": pruning,
     "tied_head": tied_head,
     "translation": translation,
     "vectors": vectors,
 }
-SUMMARIES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {"sizes": ("embeddings", sizes)}
+SUMMARIES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "sizes": ("embeddings", sizes),
+    "multilingual_short": ("multilingual", multilingual_short),
+}
 """Short tables of the README, with the results that they are taken from."""
 
 
@@ -441,7 +465,8 @@ def filled(text: str) -> str:
             return match.group(1) + render(results(source)["rows"]) + match.group(3)
         result = results(name)
         threads, torch = result["hardware"]["threads"], result["versions"]["torch"]
-        setting = f"threads: {threads}, seeds: {result['seeds']}, torch {torch}"
+        seeds = result.get("seeds") or sorted({r["seed"] for r in result["rows"] if "seed" in r})
+        setting = f"threads: {threads}, seeds: {seeds}, torch {torch}"
         note = f"; {result['note']}" if "note" in result else ""
         source = f"\n`{command(result)}`; {setting}{note}.\n"
         return match.group(1) + TABLES[name](result["rows"]) + source + match.group(3)
