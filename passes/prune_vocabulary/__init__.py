@@ -26,7 +26,6 @@ from plmcc.api import (
     Site,
     TableSite,
     Values,
-    did_you_mean,
     error,
     refuse_unused,
 )
@@ -43,9 +42,22 @@ from plmcc.passes.prune_vocabulary.tokenizers import (
     rebuilt,
     shortened,
     special,
+    unknown_token,
 )
 
+# fmt: off
+Language = Literal[
+    "af", "am", "ar", "az", "be", "bg", "bn", "bs", "ca", "cs", "cy", "da", "de", "el", "en",
+    "es", "et", "eu", "fa", "fi", "fil", "fr", "ga", "gl", "gu", "ha", "he", "hi", "hr", "hu",
+    "hy", "id", "is", "it", "ja", "ka", "kk", "km", "kn", "ko", "ky", "lo", "lt", "lv", "mk",
+    "ml", "mn", "mr", "ms", "mt", "my", "ne", "nl", "no", "pa", "pl", "ps", "pt", "ro", "ru",
+    "si", "sk", "sl", "so", "sq", "sr", "sv", "sw", "ta", "te", "th", "tr", "uk", "ur", "uz",
+    "vi", "zh",
+]
+# fmt: on
+"""ISO 639 codes of languages whose scripts are known."""
 _ROUNDING = 1e-9  # of a sum of floats
+_UNKNOWN, _NOTED = 0.3, 0.01  # parts of a text that the tokenizer does not know
 
 if TYPE_CHECKING:
     from plmcc.api import Pretrained, Program
@@ -68,12 +80,13 @@ class PruneVocabulary(Pass):
     weighting: Literal["share", "alike"] = "share"
     """Of a mapping of languages: `share` counts every token once, so that a language weighs as much
     as it has text; with `alike` all languages weigh the same."""
-    languages: list[str] = Field(default_factory=list)
+    languages: list[Language] = Field(default_factory=list)
     """Where there is no text: languages such as `de`, whose scripts tokens are kept of."""
     min_count: int = Field(1, ge=1)
     """Minimum number of occurrences of a token."""
     coverage: float | None = Field(None, gt=0, le=1)
-    """Keep the most frequent tokens that make up this part of the tokens of the text."""
+    """Keep the most frequent tokens that make up this part of the tokens of the text. With `keep`,
+    the smaller number decides."""
     keep: int | None = Field(None, ge=1)
     """Maximum number of tokens, those that are always kept included; the most frequent stay."""
     multiple_of: int = Field(1, ge=1)
@@ -94,18 +107,14 @@ class PruneVocabulary(Pass):
         refuse_unused(self, used, "without `text`")
         used = {"weighting": isinstance(self.text, dict)}
         refuse_unused(self, used, "without a mapping of languages in `text`")
-        unknown = [name for name in self.languages if name not in LANGUAGES]
-        if unknown:
-            near = did_you_mean(unknown[0], LANGUAGES)
-            known = ", ".join(LANGUAGES)
-            raise ValueError(f"`languages`: {unknown[0]} is none of {known}; {near}".strip("; "))
         if self.keep is not None and self.keep % self.multiple_of:
             raise ValueError(f"`keep` is no multiple of {self.multiple_of}")
         return self
 
     def reads(self) -> list[str]:
         """Return the files of text."""
-        return [name for names in self._files().values() for name in names]
+        named = list(self.text.values()) if isinstance(self.text, dict) else [self.text or []]
+        return [file for files in named for file in ([files] if isinstance(files, str) else files)]
 
     def _files(self) -> dict[str, list[str]]:
         """Return the files by language; without languages, by nothing."""
@@ -138,6 +147,7 @@ class PruneVocabulary(Pass):
         if len(kept) >= size:
             message = f"all {size} tokens are needed: there is nothing to prune"
             raise error("PLM203", message, hint="set `coverage`, `min_count` or `keep`")
+        notes = [_told(text, kept, values)]
         try:
             changed = cut(source.model, kept)
         except ValueError as problem:
@@ -148,7 +158,7 @@ class PruneVocabulary(Pass):
         return Preparation(
             rebuilt(tokenizer, shortened(values, kept)),
             {name: float(value) for name, value in statistics.items()} | text.covered(kept),
-            (f"token ids numbered anew: {', '.join(changed)}",) if changed else (),
+            (*notes, *([f"token ids numbered anew: {', '.join(changed)}"] if changed else [])),
         )
 
     def _kept(
@@ -207,6 +217,29 @@ class PruneVocabulary(Pass):
             for name, files in self._files().items()
         }
         return Text(len(tokenizer), found)
+
+
+def _told(text: Text, kept: list[int], values: Values) -> str:
+    """Say how many tokens stay, and how much of the text they are.
+
+    Raises:
+        PlmccError: most of the text are tokens that stand for what the tokenizer does not know.
+    """
+    total = max(1, int(text.counts.sum()))
+    unknown = unknown_token(values)
+    lost = int(text.counts[unknown]) / total if unknown is not None else 0.0
+    if lost > _UNKNOWN:
+        message = f"the tokenizer reads {lost:.0%} of the text as unknown tokens"
+        hint = "use text in a language of the model"
+        raise error("PLM303", message, ", ".join(text.languages) or "text", hint=hint)
+    parts = {n.removeprefix("coverage_"): v for n, v in text.covered(kept).items() if "cov" in n}
+    whole = parts.pop("coverage", None)
+    if whole is None:
+        return f"{len(kept):,} tokens stay"
+    by_language = ", ".join(f"{name} {part:.2%}" for name, part in parts.items())
+    more = f" ({by_language})" if by_language else ""
+    unread = f"; {lost:.1%} of it are unknown tokens" if lost > _NOTED else ""
+    return f"{len(kept):,} tokens stay: {whole:.2%} of those of the text{more}{unread}"
 
 
 def _definition(tokenizer: PreTrainedTokenizerBase, name: str) -> Values:

@@ -70,6 +70,17 @@ def special(values: Values) -> set[int]:
     return found
 
 
+def unknown_token(values: Values) -> int | None:
+    """Return the id of the token for what has none; None where everything can be written."""
+    model = values["model"]
+    if model.get("byte_fallback"):
+        return None
+    if isinstance(model.get("unk_token"), str):
+        return pieces(values).get(model["unk_token"])
+    found: int | None = model.get("unk_id")
+    return found
+
+
 def _byte_level(values: Values) -> bool:
     return '"ByteLevel"' in json.dumps([values["pre_tokenizer"], values["decoder"]])
 

@@ -103,8 +103,8 @@ def _kept_members(owner: ast.ClassDef) -> list[ast.stmt]:
     return body or [ast.Pass()]
 
 
-_NEEDS = ("needs_training", "needs_data")
-"""Methods that say what a recipe lacks: by the options alone."""
+_NEEDS = ("needs_training", "needs_data", "reads")
+"""Methods that say what a recipe lacks, and which files it reads: by the options alone."""
 
 
 def _is_wanted(node: ast.stmt) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from plmcc.data.rows import SYNTHETIC, Rows, data_files, load_rows
 from plmcc.diagnostics import Diagnostic, Location, PlmccError, error, listing
 from plmcc.recipe.load import Data, Evaluate, Recipe
 from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS, RELATIVE
+from plmcc.utils.files import matching_files
 from plmcc.utils.text import first_line
 
 _HEADS = {
@@ -106,9 +107,28 @@ def check_data(recipe: Recipe, model: str | None, base: Path | None, large: bool
         with _collected(found):
             rows = _rows(head, section, files, base, target, large)
             count += 0 if rows is None else len(rows)
+    for number, stage in enumerate(recipe.steps()):
+        for index, one in enumerate(stage.passes):
+            with _collected(found):
+                _check_files(one.reads(), base, recipe.pass_location(number, index))
     if found:
         raise PlmccError(*dict.fromkeys(found))
     return count
+
+
+def _check_files(names: Sequence[str], base: Path | None, where: Location | str) -> None:
+    """Check that the files which a pass reads are there.
+
+    Raises:
+        PlmccError: one is not, at the place of the pass in the recipe.
+    """
+    for name in names:
+        try:
+            matching_files(name, base)
+        except PlmccError as problem:
+            raise PlmccError(
+                *(replace(d, location=where, got=d.got or name) for d in problem.diagnostics)
+            ) from None
 
 
 def check_evaluation(asked: Sequence[Evaluate], model: str, task: str = "auto") -> None:

@@ -39,8 +39,12 @@ class Advice:
 
     def to_json(self) -> Values:
         """Return plain values."""
-        names = ("name", "values", "size", "parameters", "reason")
-        found = [{name: getattr(one, name) for name in names} for one in self.candidates]
+        found = [
+            {"name": one.name, "values": one.values, "reason": one.reason}
+            | dict.fromkeys(("size", "parameters"))
+            | (one.sizes if one.recipe is not None else {})
+            for one in self.candidates
+        ]
         parts = [asdict(one) for one in self.components]
         values = {"model": self.model, "task": self.task, "size": self.size}
         return values | {"components": parts, "candidates": found}

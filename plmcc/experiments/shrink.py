@@ -1,15 +1,16 @@
 """`plmcc shrink`: the smallest result of the shipped recipes that is still good.
 
 All candidates are planned without weights. Those that fit the target are tried without training,
-so many as the effort allows: the smallest that is good enough is found by bisection, as larger
-candidates are mostly better. The one that is chosen is carried out as any recipe is, with its
-training, and judged by the target.
+as many as the effort allows. Of one recipe, larger candidates are better: first the largest of each
+recipe is tried, then between those of the smallest good one, by bisection. The one that is chosen
+is carried out as any recipe is, with its training, and judged by the target.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -17,15 +18,16 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plmcc.artifact.size import component_bytes
 from plmcc.data.classification import default_metric
 from plmcc.data.rows import load_rows
 from plmcc.data.tasks import LANGUAGE
-from plmcc.diagnostics import PlmccError, error
+from plmcc.diagnostics import PlmccError, did_you_mean, error
+from plmcc.evaluation.evaluator import check_metric
 from plmcc.experiments.candidates import Candidate, candidates, side_bytes
 from plmcc.experiments.goal import Goal, lower_is_better, parse_goal
 from plmcc.experiments.trial import SearchRequest, original, run_trial
@@ -33,16 +35,17 @@ from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.cache import folder_of
 from plmcc.pipeline.compiler import apply
 from plmcc.recipe.load import Evaluate, Recipe
+from plmcc.recipe.metrics import RELATIVE, Metric
 from plmcc.report.provenance import base_digests, data_digests, named_data
 from plmcc.report.result import Result
 from plmcc.report.words import megabytes, number
-from plmcc.utils.files import free, matching_files, output_place, write_json
+from plmcc.utils.files import check_outside, free, matching_files, output_place, write_json
 from plmcc.utils.types import Values
 
 Say = Callable[[str], None]
 Effort = Literal["quick", "normal", "best"]
 Verdict = Literal["ACCEPT", "REGRESSION", "INFEASIBLE"]
-TRIALS: dict[str, int] = {"quick": 5, "normal": 8, "best": 16}
+TRIALS: dict[str, int] = {"quick": 7, "normal": 10, "best": 20}
 """How many candidates are tried."""
 STEPS: dict[str, float] = {"quick": 0, "normal": 1, "best": 4}
 """How many times the steps of its recipe the chosen one is trained."""
@@ -75,8 +78,8 @@ class Tried:
     """A candidate, and what was measured of it without training."""
 
     title: str
-    size: int
-    """Planned, in bytes."""
+    size: int | None
+    """Planned, in bytes; None where it cannot be used."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Empty where it was not tried."""
     reason: str = ""
@@ -110,10 +113,11 @@ class Shrunk:
 
 def shrink(
     model: str | Path | PreTrainedModel | Source,
-    text: str | Sequence[str] = (),
+    text: str | Path | Sequence[str | Path] = (),
     target: str = TARGET,
     *,
     output: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | Values | None = None,
     metric: str | None = None,
     effort: Effort = "normal",
@@ -124,8 +128,8 @@ def shrink(
     """Find the smallest result of a model that is still good, and write it.
 
     Args:
-        model: a directory, a hub id, or a model in memory, alone or in a `Source` with its
-            tokenizer.
+        model: a directory, a hub id, or a model in memory.
+        tokenizer: of a model in memory.
         text: files of text like that the model will read.
         target: limits as of `plmcc shrink --target`.
         output: the directory of the result.
@@ -140,24 +144,35 @@ def shrink(
     Raises:
         PlmccError: the model or the data cannot be read, or the target is not one.
     """
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [str(one) for one in ([text] if isinstance(text, (str, Path)) else text)]
     values = {"data": data} if isinstance(data, str) else data
     place = output_place(Path(output))
     free(place, overwrite)
     with tempfile.TemporaryDirectory(prefix="plmcc-shrink-") as folder:
-        name = _on_disk(model, Path(folder))
+        name = _on_disk(model, tokenizer, Path(folder))
         asked = Asked(name, texts, target, values, metric, effort, recipes, log)
         return find(asked, place, overwrite=overwrite)
 
 
-def _on_disk(model: str | Path | PreTrainedModel | Source, folder: Path) -> str:
-    """Return where a model is; one in memory is written first."""
+def _on_disk(
+    model: str | Path | PreTrainedModel | Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+) -> str:
+    """Return where a model is; one in memory is written first.
+
+    Raises:
+        PlmccError: it has no tokenizer.
+    """
     if isinstance(model, (str, Path)):
         return str(model)
     source = model if isinstance(model, Source) else Source.of(model)
+    source = replace(source, tokenizer=tokenizer or source.tokenizer)
+    if source.tokenizer is None:
+        message = "a model in memory needs its tokenizer"
+        raise error("PLM303", message, type(source.model).__name__, hint="pass `tokenizer=`")
     source.model.save_pretrained(folder)
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -183,15 +198,35 @@ def find(
         PlmccError: the model or the data cannot be read, or the target is not one.
     """
     _check(asked)
+    check_outside(output, Path(asked.model))
+    work = output.resolve().with_name(f"{output.resolve().name}.shrink")
+    before = work.exists()
+    try:
+        return _found(asked, output, work, dry_run, overwrite, table)
+    except PlmccError:
+        if not before and work.exists() and not (work / "trials.json").exists():
+            shutil.rmtree(work)
+        raise
+
+
+def _found(
+    asked: Asked,
+    output: Path,
+    work: Path,
+    dry_run: bool,
+    overwrite: bool,
+    table: Callable[[list[Candidate], Goal], None],
+) -> Shrunk:
     asked.log(f"looking at {asked.model}")
     source = load_source(asked.model, meta=True)
-    work = output.resolve().with_name(f"{output.resolve().name}.shrink")
     text, judged = _data(asked, source, work, dry_run)
     goal = parse_goal(asked.target, lower_is_better(judged.metric))
     asked.log("planning the candidates")
     found = candidates(source, text, asked.recipes)
     table(found, goal)
-    listed = [Tried(one.title, one.size, reason=one.reason) for one in found]
+    listed = [
+        Tried(one.title, one.size if one.recipe else None, reason=one.reason) for one in found
+    ]
     usable = [one for one in found if one.recipe is not None]
     if dry_run:
         words = f"{len(usable)} candidates"
@@ -203,6 +238,15 @@ def find(
 def _check(asked: Asked) -> None:
     """Refuse what can be known before the model is looked at."""
     parse_goal(asked.target, lower_is_better(asked.metric or ""))
+    if asked.effort not in TRIALS:
+        allowed, hint = ", ".join(TRIALS), did_you_mean(asked.effort, TRIALS)
+        message = "unknown effort"
+        raise error("PLM502", message, "effort", got=asked.effort, allowed=allowed, hint=hint)
+    known = get_args(Metric)
+    if asked.metric is not None and asked.metric not in known:
+        allowed, hint = ", ".join(known), did_you_mean(asked.metric, known)
+        message = "unknown metric"
+        raise error("PLM502", message, "--metric", got=asked.metric, allowed=allowed, hint=hint)
     for name in asked.text:
         matching_files(name, None)
     if is_vectors(Path(asked.model)):
@@ -218,6 +262,7 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
     config = source.model.config
     if asked.data is not None:
         metric = asked.metric or default_metric(source.task, config)
+        check_metric(metric, source.task, "--metric", config)
         return files, Evaluate.model_validate({"metric": metric, **asked.data})
     usual = "perplexity" if source.task in LANGUAGE else "fidelity"
     if source.task == "translation":
@@ -225,6 +270,10 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
         hint = "add --data with a file of two columns: texts and translations"
         raise error("PLM303", message, "--data", hint=hint)
     metric = asked.metric or usual
+    check_metric(metric, source.task, "--metric", config)
+    if metric not in (*RELATIVE, "perplexity"):
+        message = f"{metric} needs labels, and there are none"
+        raise error("PLM303", message, "--metric", got=metric, hint="add --data FILE")
     if not files:
         message = "there is nothing to judge results by"
         raise error("PLM502", message, "--text", hint="add --text FILE, or --data FILE")
@@ -265,6 +314,8 @@ class _Run:
     known: dict[str, float] = field(default_factory=dict)
     done: dict[str, dict[str, float]] = field(default_factory=dict)
     """By the digest of a recipe, what was measured."""
+    tried: int = 0
+    """How many were tried in this call."""
 
     def carry_out(self, overwrite: bool) -> Shrunk:
         """Try, choose, apply, judge."""
@@ -317,31 +368,47 @@ class _Run:
 
     def _choose(self, possible: list[Candidate], source: Source) -> Candidate:
         """Return the smallest that reaches the target, or the nearest to it."""
-        left = TRIALS[self.asked.effort]
         if not self.goal.judges:  # the best of what fits: large ones are better
-            tried = possible[-left:]
+            tried = possible[-TRIALS[self.asked.effort] :]
             for one in reversed(tried):
                 self._try(one, source)
             sign = 1 if lower_is_better(self.judged.metric) else -1
             return min(tried, key=lambda one: (self._loss(one), sign * self._quality(one)))
-        low, high, good = 0, len(possible) - 1, None
-        while low <= high and left:
-            middle = (low + high) // 2
-            left -= 1
-            if self._loss(possible[middle], source) <= 0:
-                good, high = middle, middle - 1
-            else:
-                low = middle + 1
-        # Other recipes near to it may be better at fewer bytes.
-        around = range((good if good is not None else len(possible)) - 1, -1, -1)
-        fresh = [i for i in around if _key(possible[i]) not in self.done]
-        for index in fresh[:left]:
-            if self._loss(possible[index], source) <= 0:
-                good = index
+        families: dict[str, list[Candidate]] = {}
+        for one in possible:
+            families.setdefault(one.name, []).append(one)
+        tops = sorted((family[-1] for family in families.values()), key=lambda one: one.size)
+        # The largest of all is the safest; then by bisection, as if good ones were the large ones.
+        good = tops.pop() if self._good(tops[-1], source) else None
+        good = self._smallest(tops, source) or good
         if good is not None:
-            return possible[good]
+            good = self._smallest(families[good.name][:-1], source) or good
+            smaller = [one for one in possible if one.size < good.size]
+            good = next((one for one in reversed(smaller) if self._good(one, source)), None) or good
+        if good is not None:
+            return good
+        for one in reversed(possible):
+            self._good(one, source)
         tried = [one for one in possible if _key(one) in self.done]
         return min(tried, key=self._loss)
+
+    def _smallest(self, sorted_: list[Candidate], source: Source) -> Candidate | None:
+        """Return the smallest that is good, by bisection, as far as trials are left."""
+        low, high, good = 0, len(sorted_) - 1, None
+        while low <= high:
+            middle = (low + high) // 2
+            if self._good(sorted_[middle], source):
+                good, high = sorted_[middle], middle - 1
+            else:
+                low = middle + 1
+        return good
+
+    def _good(self, one: Candidate, source: Source) -> bool:
+        """Whether a candidate reaches the target; where no trials are left, it does not."""
+        known = _key(one) in self.done
+        if not known and self.tried >= TRIALS[self.asked.effort]:
+            return False
+        return self._loss(one, source) <= 0
 
     def _quality(self, one: Candidate) -> float:
         return self.done[_key(one)].get("quality", float("nan"))
@@ -356,6 +423,7 @@ class _Run:
         if _key(one) in self.done:
             return
         assert one.recipe is not None
+        self.tried += 1
         start = time.perf_counter()
         request = self._request(one.recipe)
         try:
@@ -389,6 +457,7 @@ class _Run:
         given = {"resume": resume, "overwrite": overwrite, "log": self._indented}
         with redirect_stdout(sys.stderr):  # the Trainer prints its log
             result = apply(recipe, self.asked.model, self.output, **given)  # type: ignore[arg-type]
+        shutil.rmtree(folder_of(self.output), ignore_errors=True)  # stages of a finished run
         after = result.metrics[0]["after"]
         sign = 1 if lower_is_better(self.judged.metric) else -1
         before = result.metrics[0]["before"]

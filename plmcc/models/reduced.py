@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from plmcc.models.source import outline
 _DEPTHS = (2, 3, 4, 6, 8, 12)
 _LARGE = 1_000_000
 """Parameters from which on widths are made small too."""
-_WIDTHS = dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim"), 64)
-_WIDTHS |= dict.fromkeys(("head_dim", "d_kv"), 16) | {"embedding_size": 32}
+_STATES = ("hidden_size", "d_model", "n_embd", "dim")
+_WIDTH, _STEP = 64, 32
+"""Of states: the least multiple of the heads, and of what 4-bit weights are grouped by."""
+_WIDTHS = dict.fromkeys(("head_dim", "d_kv"), 16) | {"embedding_size": 32}
 _WIDTHS |= dict.fromkeys(
     (
         "intermediate_size",
@@ -107,6 +110,8 @@ class Reducible:
         try:
             made = self.drawn(config, 0)
             first_output(made, probe_inputs(made))
+            with TemporaryDirectory() as folder:  # transformers checks some configs there only
+                made.config.save_pretrained(folder)
         except Exception:  # whatever an architecture makes of sizes that do not fit
             return True
         return False
@@ -133,7 +138,10 @@ def _narrowed(config: PreTrainedConfig) -> PreTrainedConfig:
     heads = next((known[name] for name in _HEADS if known.get(name)), _HEAD_COUNT)
     ratio = heads // (known.get("num_key_value_heads") or heads)
     shared = max(2, _HEAD_COUNT // ratio)  # of one, none can be removed
+    step = math.lcm(shared * ratio, _STEP)
+    width = -(-_WIDTH // step) * step
     values: dict[str, int] = dict(_WIDTHS) | dict.fromkeys(_HEADS, shared * ratio)
+    values |= dict.fromkeys(_STATES, width)
     values["num_key_value_heads"] = shared
     for name, value in values.items():
         if isinstance(known.get(name), int):

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ from plmcc.data.pooling import Pooling
 from plmcc.diagnostics import PlmccError
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.models.source import Source, load_source
-from plmcc.passes.prune_vocabulary import PruneVocabulary
-from plmcc.passes.prune_vocabulary.scripts import in_scripts
+from plmcc.passes.prune_vocabulary import Language, PruneVocabulary
+from plmcc.passes.prune_vocabulary.scripts import LANGUAGES, in_scripts
 from plmcc.passes.prune_vocabulary.text import lines as lines_of
 from plmcc.recipe.load import load_recipe, parse_recipe
 from plmcc.rewrite import match
@@ -396,6 +396,26 @@ def test_without_text_the_scripts_of_languages_stay(kind: str) -> None:
         assert known == [True, False]
 
 
+def test_text_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
+    """It would leave a vocabulary of special tokens that covers all of it."""
+    with pytest.raises(PlmccError, match="reads 100% of the text as unknown tokens"):
+        prune(source_of("bert"), tmp_path, ["\u623f\u5b50 \u03bf\u03af"] * 20)
+
+
+def test_it_says_how_many_tokens_stay_and_what_they_cover(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(LINES[:30]), encoding="utf-8")
+    text: dict[str, str | list[str]] = {"aa": str(tmp_path / "a.txt")}
+    done = PruneVocabulary(text=text, coverage=0.9).prepare(source_of("bert"), None)
+    kept = int(done.statistics["tokens"])
+    part = f"{done.statistics['coverage']:.2%}"
+    told = f"{kept} tokens stay: {part} of those of the text (aa {part})"
+    assert done.notes[0] == told
+
+
+def test_languages_have_scripts() -> None:
+    assert set(get_args(Language)) == set(LANGUAGES)
+
+
 def test_marks_digits_and_punctuation_are_of_every_script() -> None:
     assert in_scripts("12,%", {"GREEK"})
     assert in_scripts("na\u0308ive", {"LATIN"})
@@ -409,7 +429,7 @@ def test_marks_digits_and_punctuation_are_of_every_script() -> None:
         ({}, "`text` is missing"),
         ({"text": "a", "languages": ["de"]}, "`languages` has no effect with `text`"),
         ({"languages": ["de"], "keep": 9}, "`keep` has no effect without `text`"),
-        ({"languages": ["dde"]}, "did you mean `de`"),
+        ({"languages": ["dde"]}, "Input should be 'af'"),
         ({"text": "a", "weighting": "alike"}, "`weighting` has no effect"),
         ({"text": "a", "keep": 100, "multiple_of": 64}, "`keep` is no multiple of 64"),
     ],
