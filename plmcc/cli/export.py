@@ -62,7 +62,7 @@ def export(
     if to == "dense":
         _dense(model, output, overwrite)
         return
-    check_target(to)  # before torch is imported
+    check_target(to, "dense")  # before torch is imported
     if layout != "plmcc" or precision:
         _hub(model, output, to, layout, precision, overwrite)
         return

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from plmcc.cli.options import Format, Output, print_json
 from plmcc.cli.recipes import check_model
-from plmcc.diagnostics import did_you_mean, error
-from plmcc.utils.files import free, matching_files, output_place
+from plmcc.diagnostics import Diagnostic, PlmccError, did_you_mean, error
+from plmcc.utils.files import check_outside, free, matching_files, output_place
 
 if TYPE_CHECKING:
     from plmcc.experiments.advise import Advice
@@ -96,20 +98,20 @@ def shrink(
     an interruption, the same command continues.
     """
     _check(model, text or [], data, effort, target, metric)
-    place = _place(output, dry_run, overwrite)
+    judged = _evaluated(data, column, label)
+    place = _place(output, model, dry_run, overwrite)
 
     from plmcc.experiments import shrink as engine
     from plmcc.utils.terminal import calm
 
     calm()
-    given = _evaluated(data, column, label)
-    say = lambda line: typer.echo(line, err=True)  # noqa: E731
-    how: Any = (effort, recipe or [], say)
-    asked = engine.Asked(model, text or [], target, given, metric, *how)
-    show = printed is Format.text
-    found = engine.find(
-        asked, place, dry_run=dry_run, overwrite=overwrite, table=_table if show else _silent
-    )
+    how: Any = (effort, recipe or [], _say)
+    asked = engine.Asked(model, text or [], target, judged, metric, *how)
+    show = _table if printed is Format.text else _silent
+    try:
+        found = engine.find(asked, place, dry_run=dry_run, overwrite=overwrite, table=show)
+    except PlmccError as problem:
+        raise PlmccError(*map(_with_options, problem.diagnostics)) from problem.__cause__
     print_json(found.to_json()) if printed is Format.json else _print(found, place)
     if found.verdict not in (None, "ACCEPT"):
         raise typer.Exit(1)
@@ -134,17 +136,27 @@ def advise(
     print_json(found.to_json()) if printed is Format.json else _print_advice(found, text or [])
 
 
-def _place(output: Path | None, dry_run: bool, overwrite: bool) -> Path:
+def _place(output: Path | None, model: str, dry_run: bool, overwrite: bool) -> Path:
     if output is None and not dry_run:
         raise error("PLM502", "the output directory is missing", "--output", hint="add -o DIR")
     place = output_place(output or Path("shrunk"))
     if not dry_run:
         free(place, overwrite)
+        if Path(model).is_dir():
+            check_outside(place, Path(model))
     return place
 
 
 def _evaluated(data: str | None, columns: list[str] | None, label: str | None) -> Any:
-    """The labeled data as an `evaluate` section."""
+    """The labeled data as an `evaluate` section.
+
+    Raises:
+        PlmccError: there are columns, and no data.
+    """
+    if data is None and (columns or label):
+        message = "columns are those of labeled data, and there are none"
+        got = f"--column {columns[0]}" if columns else f"--label {label}"
+        raise error("PLM502", message, "--data", got=got, hint="add --data FILE")
     if data is None:
         return None
     text = columns[0] if columns and len(columns) == 1 else columns
@@ -157,6 +169,7 @@ def _check(
 ) -> None:
     """Refuse what can be known before anything is imported."""
     from plmcc.experiments.goal import lower_is_better, parse_goal
+    from plmcc.recipe.metrics import Metric
 
     check_model(model)
     parse_goal(target, lower_is_better(metric or ""))
@@ -166,8 +179,26 @@ def _check(
     if not (text or data):
         message = "there is no text, and nothing to judge results by"
         raise error("PLM502", message, "--text", hint="add --text FILE, or --data FILE")
+    known = get_args(Metric)
+    if metric is not None and metric not in known:
+        allowed, hint = ", ".join(known), did_you_mean(metric, known)
+        message = "unknown metric"
+        raise error("PLM502", message, "--metric", got=metric, allowed=allowed, hint=hint)
     for name in [*text, *([data] if data and not data.startswith("hub:") else [])]:
         matching_files(name, None)
+
+
+def _with_options(found: Diagnostic) -> Diagnostic:
+    """An error that names keys of a recipe, as one that names options."""
+    keys = {"`text:`": "`--column`", "`label:`": "`--label`", "`target:`": "`--column` twice"}
+    texts = [found.hint, found.allowed]
+    for key, option in keys.items():
+        texts = [text.replace(key, option) for text in texts]
+    return replace(found, hint=texts[0], allowed=texts[1])
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _silent(found: list[Candidate], goal: Goal) -> None:
@@ -215,9 +246,11 @@ def _print_advice(found: Advice, text: list[str]) -> None:
         table.add_row(part.name, megabytes(part.bytes), share, time)
     console().print(table)
     _table(found.candidates, _no_goal())
-    named = "".join(f" --text {name}" for name in text) or " --text FILE"
-    typer.echo(f"next: plmcc shrink {found.model}{named} --target 'drop<=1' -o DIR")
-    typer.echo(f"      plmcc shrink {found.model}{named} --target 'size<=30MB' --dry-run")
+    named = "".join(f" --text {shlex.quote(name)}" for name in text) or " --text FILE"
+    named += " --data FILE" if found.task == "translation" else ""
+    command = f"plmcc shrink {shlex.quote(found.model)}{named} --target"
+    typer.echo(f"next: {command} 'drop<=1' -o DIR")
+    typer.echo(f"      {command} 'size<=0.3x' --dry-run")
 
 
 def _no_goal() -> Goal:

@@ -146,8 +146,7 @@ def shrink(
     """
     texts = [str(one) for one in ([text] if isinstance(text, (str, Path)) else text)]
     values = {"data": data} if isinstance(data, str) else data
-    place = output_place(Path(output))
-    free(place, overwrite)
+    place = free(output_place(Path(output)), overwrite)
     with tempfile.TemporaryDirectory(prefix="plmcc-shrink-") as folder:
         name = _on_disk(model, tokenizer, Path(folder))
         asked = Asked(name, texts, target, values, metric, effort, recipes, log)

@@ -57,6 +57,8 @@ def check_encoder(model: PreTrainedModel, to: str) -> None:
         also = " and translation models" if to == "aoti" else ""
         message = f"{kind} does not go to {to}: only encoders of text{also} do"
         hint = "use `plmcc.compile`"
+        if model.config.is_encoder_decoder and to != "aoti":
+            hint = "use `--to aoti`, or `plmcc.compile`"
         raise error("PLM401", message, model.config.name_or_path or kind, hint=hint)
 
 

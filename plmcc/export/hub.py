@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ _SIMILAR = {"fp32": 1 - 1e-6, "int8": 0.99, "q4": 0.9}
 """The mean cosine of outputs with those of the model that is expected."""
 _LEAST = 0.8
 """Below this one a file is not written."""
+_LONGEST = 1 << 20
 _BLOCK = 32
 """q4: inputs that share a scale."""
 _SHAPES = ((2, 8), (1, 2), (4, 17))
@@ -170,9 +172,12 @@ def _int8(file: Path, made: Path, operators: list[str]) -> None:
     """Weights in 8 bits, of linear layers and tables; activations as they come."""
     quantization = importlib.import_module("onnxruntime.quantization")
     options = {"per_channel": True, "reduce_range": True}  # as `plmcc.export.onnx` explains
-    quantization.quantize_dynamic(
-        file, made, op_types_to_quantize=operators, use_external_data_format=_large(file), **options
-    )
+    options |= {"use_external_data_format": _large(file)}
+    logging.disable(logging.WARNING)  # it recommends a step that makes no difference here
+    try:
+        quantization.quantize_dynamic(file, made, op_types_to_quantize=operators, **options)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _q4(file: Path, made: Path) -> None:
@@ -234,6 +239,22 @@ def _write_others(source: Source, folder: Path) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
+        _cut_as_the_model(folder / "tokenizer.json", source)
     if source.folder is not None:
         copy_other_files(source.other_files(), source.folder, folder)
     require_plmcc(folder, False)
+
+
+def _cut_as_the_model(file: Path, source: Source) -> None:
+    """Let a tokenizer alone cut and pad texts as the model's own library does: to the length that
+    it reads, and to the longest of a batch."""
+    if not file.is_file():
+        return
+    values = json.loads(file.read_text(encoding="utf-8"))
+    longest_read = source.max_length(_LONGEST)
+    if longest_read < _LONGEST:
+        cut = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
+        values["truncation"] = cut | {"max_length": longest_read}
+    if values.get("padding"):
+        values["padding"]["strategy"] = "BatchLongest"
+    file.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")

@@ -21,18 +21,20 @@ NEEDED: dict[str, tuple[str, ...]] = {
 _EXPORTERS = Version("5.23")  # of transformers: the first whose exporters can be built upon
 
 
-def check_target(to: str) -> None:
+def check_target(to: str, *others: str) -> None:
     """Check the name of a target and the libraries that it needs.
+
+    Args:
+        to: the name.
+        others: what may be given as well, for the error.
 
     Raises:
         PlmccError: there is no such target, or a library is missing or too old.
     """
     if to not in TARGETS:
-        message, allowed, hint = (
-            "there is no such target",
-            listing(TARGETS),
-            did_you_mean(to, TARGETS),
-        )
+        known = (*TARGETS, *others)
+        message, allowed = "there is no such target", listing(known)
+        hint = did_you_mean(to, known)
         raise error("PLM502", message, "--to", got=to, allowed=allowed, hint=hint)
     missing = [name for name in NEEDED[to] if importlib.util.find_spec(name) is None]
     if missing:

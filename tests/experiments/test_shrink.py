@@ -57,6 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def recipe_of(folder: Path, name: str) -> str:
+    own = folder / f"{name}.yaml"
+    return str(own if own.exists() else next(f for f in shipped() if f.stem == name))
+
+
 def run(folder: Path, *arguments: str, model: str = "bert") -> Result:
     """Run the command in this process, on the recipes of the folder."""
     own = [item for name in ("codes", "pruned") for item in ("--recipe", f"{folder / name}.yaml")]
@@ -148,8 +153,10 @@ def test_the_same_command_goes_on(
     given = ["--text", str(folder / "text.txt"), "-o", str(tmp_path / "out")]
     ended = run(folder, *given, "--target", "drop<=100", "--effort", "quick")
     assert ended.exit_code == 130
-    shrunk(folder, *given[2:], "--target", "drop<=100", "--effort", "quick")
-    assert len(calls) == 3  # one of the two that bisection needs is known
+    found = shrunk(folder, *given[2:], "--target", "drop<=100", "--effort", "quick")
+    tried = sum(bool(one["metrics"]) for one in found["candidates"])
+    assert len(calls) == tried + 1  # the one that was stopped
+    assert not list(tmp_path.glob(".out*"))
     found = shrunk(folder, *given[2:], "--target", "drop<=90", "--overwrite", "--effort", "quick")
     assert found["verdict"] == "ACCEPT"
 
@@ -171,6 +178,11 @@ def test_a_model_in_memory_is_shrunk_from_python(folder: Path, tmp_path: Path) -
     assert found.verdict == "ACCEPT"
     assert found.result is not None
     assert plmcc.load(tmp_path / "out").num_parameters() < source.model.num_parameters()
+    bare: Any = BertModel(config)
+    other = plmcc.shrink(
+        bare, text, "drop<=100", output=tmp_path / "bare", tokenizer=words(), **given
+    )
+    assert other.verdict == "ACCEPT"
     with pytest.raises(PlmccError, match="the output directory exists"):
         plmcc.shrink(source, text, output=tmp_path / "out", **given)
 
@@ -182,17 +194,23 @@ def test_a_model_in_memory_is_shrunk_from_python(folder: Path, tmp_path: Path) -
         (["--effort", "fast"], "unknown effort"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--data", "nowhere.tsv"], "nowhere.tsv"),
-        (["--metric", "bleu"], "bleu"),
+        (["--metric", "bleu"], "bleu is not a metric of"),
+        (["--metric", "spaerman"], "did you mean `spearman`?"),
+        (["--metric", "spearman"], "add --data FILE"),
+        (["--column", "text"], "--column"),
+        (["-o", "INSIDE"], "inside"),
     ],
 )
 def test_bad_input_is_one_sentence(
     arguments: list[str], said: str, folder: Path, tmp_path: Path
 ) -> None:
+    inside = str(folder / "bert/small")
+    arguments = [inside if one == "INSIDE" else one for one in arguments]
     given = ["--text", str(folder / "text.txt"), "-o", str(tmp_path / "out"), *arguments]
     done = run(folder, *given)
     assert isinstance(done.exception, PlmccError), done.exception
     assert said in done.exception.render()
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
@@ -207,6 +225,34 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     done = run(folder, "--text", str(tmp_path / "short.txt"), "-o", str(tmp_path / "out"))
     assert isinstance(done.exception, PlmccError)
     assert "too short to hold a part of it out" in done.exception.render()
+
+
+def test_a_python_call_checks_its_arguments(folder: Path, tmp_path: Path) -> None:
+    model: Any = BertModel.from_pretrained(folder / "bert")
+    text, out = folder / "text.txt", tmp_path / "out"
+    wrong: Any = "hmm"
+    with pytest.raises(PlmccError, match="unknown effort"):
+        plmcc.shrink(folder / "bert", text, output=out, effort=wrong)
+    with pytest.raises(PlmccError, match="pass `tokenizer=`"):
+        plmcc.shrink(model, text, output=out)
+
+
+def test_the_safest_candidate_is_tried_where_the_small_ones_fail(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Larger candidates of another recipe are not always better."""
+    given = ["--target", "drop<=5", "--effort", "quick", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(
+        app,
+        ["shrink", str(folder / "bert"), "--text", str(folder / "text.txt"), *given]
+        + [
+            item
+            for name in ("int8", "codes", "pruned")
+            for item in ("--recipe", recipe_of(folder, name))
+        ],
+    )
+    assert done.exit_code == 0, done.exception or done.output
+    assert "ACCEPT" in done.stdout
 
 
 def test_every_shipped_recipe_says_what_it_is_for() -> None:

@@ -24,13 +24,15 @@ from support.tiny_models import tiny
 from support.tokenizers import words
 
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-TEXTS = ["w1 w2 w3 w4 w5", "w7 w8", "w9 w10 w11 w12 w13 w14 w15 w80 w90"]
+TEXTS = ["w1 w2 w3 w4 w5", "w7 w8", " ".join(f"w{i}" for i in range(9, 29))]
+"""The last one is longer than the sentence encoder reads."""
 READER = """
 import json, sys
 import numpy, onnxruntime, tokenizers
 folder, name, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-tokenizer.enable_padding()
+if tokenizer.padding is None:
+    tokenizer.enable_padding()
 made = tokenizer.encode_batch(texts)
 ids, mask, types = (numpy.array([getattr(m, n) for m in made], dtype=numpy.int64)
                     for n in ("ids", "attention_mask", "type_ids"))
@@ -70,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(made / name)
         words().save_pretrained(made / name)
     parts = library.sentence_transformer.modules
-    encoder = parts.Transformer(str(made / "bare"), max_seq_length=32)
+    encoder = parts.Transformer(str(made / "bare"), max_seq_length=12)
     modules = [encoder, parts.Pooling(32), parts.Dense(32, 16), parts.Normalize()]
     library.SentenceTransformer(modules=modules, device="cpu").save(str(made / "sentences"))
     (made / "text.txt").write_text("\n".join(TEXTS * 9))
@@ -134,7 +136,7 @@ def test_a_server_gets_the_vectors_of_the_sentence_encoder(
 def test_classifiers_and_bare_encoders_have_the_outputs_of_their_models(
     folder: Path, tmp_path: Path
 ) -> None:
-    batch = words()(TEXTS, padding=True, return_tensors="pt")
+    batch = words()(TEXTS, padding=True, truncation=True, return_tensors="pt")
     kinds: list[tuple[str, Any, str]] = [
         ("classifier", BertForSequenceClassification, "logits"),
         ("bare", BertModel, "last_hidden_state"),
