@@ -58,14 +58,6 @@ def test_the_tree_is_what_is_there() -> None:
         assert shown[""] == {folder for folder in folders if not folder.startswith(".")}
 
 
-def test_the_tree_of_the_readme_has_every_package() -> None:
-    [block] = texts(ROOT / "README.md", "text")
-    shown = set(re.findall(r"(\w+)/", block)) - {"plmcc"}
-    packages = {name.rstrip("/") for name in entries(ROOT / "plmcc") if name.endswith("/")}
-    others = {name.rstrip("/") for name in tree()[""]} - {"plmcc"}
-    assert shown == packages | others
-
-
 def test_the_layers_are_those_of_the_contract(contracts: list[dict[str, object]]) -> None:
     [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     blocks = [text.splitlines() for text in texts(PAGE, "text")]

@@ -50,7 +50,9 @@ def _check_artifact(folder: Path) -> None:
         ) from None
     except (OSError, ValueError) as problem:
         raise error("PLM401", f"config.json cannot be read: {problem}", str(folder)) from None
-    if not isinstance(values, dict) or values.get("model_type") != METHOD:
+    ours = isinstance(values, dict) and values.get("model_type") == METHOD
+    # What transformers builds alone is an ordinary checkpoint, with a lock file beside it.
+    if not ours and not (folder / "plmcc.lock.json").is_file():
         raise error(
             "PLM401",
             "this model was not written by plmcc",

@@ -342,7 +342,7 @@ def test_languages_weigh_alike_or_by_their_text(tmp_path: Path) -> None:
     for weighting in ("share", "alike"):
         options: Any = {"weighting": weighting, "coverage": 0.9}
         done = PruneVocabulary(text=text, **options).prepare(source_of("bert"), None)
-        assert done.statistics["coverage_aa"] > 0.8
+        assert done.statistics["coverage_aa"] >= 0.8
         found[weighting] = done.statistics["coverage_bb"]
     assert found["share"] < found["alike"]
     (tmp_path / "r.yaml").write_text(f"plmcc: 1\npasses: [prune_vocabulary: {{text: {text}}}]\n")
