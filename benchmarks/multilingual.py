@@ -200,7 +200,7 @@ class Bench:
             "original": self.original,
             "plmcc, 30 MB": lambda: self.recipe(1.0, 2, "{scheme: int8}", False),
             "plmcc, 22 MB": lambda: self.recipe(1.0, 2, int4(32), False),
-            "plmcc, 16 MB": lambda: self.recipe(0.9995, 3, int4(128), True),
+            "plmcc, 16 MB": lambda: self.recipe(0.998, 3, int4(128), True),
             "plmcc, 30 MB, not trained": lambda: self.untrained(
                 pruned(self.text, 1.0),
                 CODES.format(w=2, rate="").replace(", }", "}"),

@@ -241,7 +241,7 @@ def test_what_cannot_be_exported_is_told_before_anything_is_loaded(
     assert done.returncode == 1
     assert done.stderr == (
         "--to: error PLM502: there is no such target\n  got: onxx\n"
-        "  allowed: aoti, onnx, executorch\n  hint: did you mean `onnx`?\n"
+        "  allowed: aoti, onnx, executorch, dense\n  hint: did you mean `onnx`?\n"
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for to, names in (("onnx", "onnx onnxscript onnxruntime"), ("executorch", "executorch")):
