@@ -146,7 +146,8 @@ class Bench:
         text = "dtype: float16\n" if half else ""
         text += "passes:\n" + "".join(f"  - {one}\n" for one in passes)
         text += TRAIN.format(train=json.dumps(self.text), steps=STEPS)
-        return self.measured(self.applied(text)) | {"train_steps": STEPS, "recipe": passes}
+        named = [pruned([Path(name).name for name in self.text], coverage), *passes[1:]]
+        return self.measured(self.applied(text)) | {"train_steps": STEPS, "recipe": named}
 
     def untrained(self, *passes: str, lower: str = "") -> dict[str, Any]:
         text = "passes:\n" + "".join(f"  - {one}\n" for one in passes) + lower

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plmcc.cli.options import Overrides, RecipePath, Weights
+from plmcc.cli.options import Overrides, Overwrite, RecipePath, Weights
 from plmcc.cli.recipes import CheckedRecipe, check_recipe
 from plmcc.diagnostics import PlmccError, error
 from plmcc.utils.files import free, output_place
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 _Directory = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="DIR", help="Directory for the result; required."),
-]
-_Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result in that directory.")
 ]
 _Resume = Annotated[
     bool, typer.Option("--resume", help="Continue an interrupted run from its finished work.")
@@ -48,7 +45,7 @@ def apply(
     recipe: RecipePath,
     model: Weights = None,
     output: _Directory = None,
-    overwrite: _Overwrite = False,
+    overwrite: Overwrite = False,
     resume: _Resume = False,
     overrides: Overrides = None,
     skip_broken: _SkipBroken = False,

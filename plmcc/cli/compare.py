@@ -12,7 +12,7 @@ import typer
 
 from plmcc.cli.options import Format, Output, print_json
 from plmcc.cli.recipes import CheckedRecipe, check_recipe
-from plmcc.diagnostics import did_you_mean, error
+from plmcc.diagnostics import error
 
 if TYPE_CHECKING:
     from plmcc.experiments.compare import Compared, Comparison
@@ -91,21 +91,14 @@ def _recipes(given: list[str], overrides: list[str] | None) -> list[CheckedRecip
 
 
 def _check_metric(metric: str | None) -> None:
-    from plmcc.recipe.metrics import RELATIVE, Metric
+    from plmcc.recipe.metrics import RELATIVE, Metric, check_name
 
     known = [name for name in get_args(Metric) if name not in RELATIVE]
     if metric in RELATIVE:
         message = f"`{metric}` measures agreement with the original; a comparison needs labels"
         raise error("PLM502", message, "--metric", got=metric, allowed=", ".join(known))
-    if metric is not None and metric not in known:
-        raise error(
-            "PLM502",
-            "unknown metric",
-            "--metric",
-            got=metric,
-            allowed=", ".join(known),
-            hint=did_you_mean(metric, known),
-        )
+    if metric is not None:
+        check_name(metric, "--metric", known)
 
 
 def to_json(asked: Comparison, rows: list[Compared]) -> dict[str, object]:

@@ -78,9 +78,15 @@ def export(
     typer.echo(f"written to {output}{code}")
 
 
-def _dense(model: str, output: Path, overwrite: bool) -> None:
-    free(output_place(output), overwrite)
+def _check_early(model: str, output: Path, overwrite: bool) -> None:
+    """Say "no" before torch is imported; whether an export may be replaced is seen later."""
+    if not overwrite:
+        free(output_place(output), overwrite)
     check_model(model)
+
+
+def _dense(model: str, output: Path, overwrite: bool) -> None:
+    _check_early(model, output, overwrite)
 
     from plmcc.export.exporter import export_dense
     from plmcc.report.words import megabytes
@@ -111,8 +117,7 @@ def _hub(
     if to != "onnx" or layout != "hub":
         message = "this needs `--to onnx --layout hub`"
         raise error("PLM502", message, "--layout", got=f"--to {to} --layout {layout}")
-    free(output_place(output), overwrite)
-    check_model(model)
+    _check_early(model, output, overwrite)
 
     from plmcc.export.hub import export_hub
     from plmcc.report.words import megabytes

@@ -222,7 +222,7 @@ def _check_evaluation(
     models: list[str], data: list[str], metrics: list[str], task: str, texts: list[str] | None
 ) -> None:
     """Refuse what can be known before anything is imported."""
-    from plmcc.recipe.metrics import METRICS_OF_TASKS, RELATIVE, Metric
+    from plmcc.recipe.metrics import METRICS_OF_TASKS, RELATIVE, Metric, check_name
     from plmcc.utils.files import matching_files
 
     if len(texts or ()) > 2:
@@ -236,10 +236,8 @@ def _check_evaluation(
         raise error("PLM502", "unknown task", "--task", got=task, allowed=allowed, hint=near)
     known = METRICS_OF_TASKS.get(task, get_args(Metric))
     for name in metrics:
-        if name not in known:
-            message = "unknown metric" if task == "auto" else f"{name} is not a metric of {task}"
-            near, allowed = did_you_mean(name, known), ", ".join(known)
-            raise error("PLM502", message, "--metric", got=name, allowed=allowed, hint=near)
+        of_task = "" if task == "auto" else f"{name} is not a metric of {task}"
+        check_name(name, "--metric", known, of_task)
         if name in RELATIVE and len(models) == 1:
             message = f"`{name}` compares two models, and one was given"
             hint = "name the original first, then its result"

@@ -27,6 +27,9 @@ Overrides = Annotated[
         "passes.0.compositional_codes.codebooks=16; repeatable.",
     ),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result in that directory.")
+]
 Output = Annotated[Format, typer.Option("--format", help="Print text, or JSON for programs.")]
 Model = Annotated[
     str | None,

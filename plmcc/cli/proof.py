@@ -58,9 +58,7 @@ def push(
 ) -> None:
     """Verify an artifact, and upload it to the Hugging Face Hub."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    from plmcc.artifact import lock
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -68,9 +66,6 @@ def push(
         allowed = "OWNER/NAME, of letters, digits and ._-"
         message = f"this is no name of the hub: {problem}".splitlines()[0]
         raise error("PLM502", message, "NAME", got=name, allowed=allowed) from None
-    if not artifact.is_dir():
-        raise error("PLM401", "the directory does not exist", str(artifact))
-    lock.check(artifact)  # before torch is imported
     verify(artifact, Format.text)
 
     from huggingface_hub import HfApi

@@ -5,22 +5,20 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plmcc.cli.options import Format, Output, print_json
+from plmcc.cli.options import Format, Output, Overwrite, print_json
 from plmcc.cli.recipes import check_model
-from plmcc.diagnostics import Diagnostic, PlmccError, did_you_mean, error
+from plmcc.diagnostics import Diagnostic, PlmccError, error
 from plmcc.utils.files import check_outside, free, matching_files, output_place
 
 if TYPE_CHECKING:
     from plmcc.experiments.advise import Advice
     from plmcc.experiments.candidates import Candidate
-    from plmcc.experiments.goal import Goal
     from plmcc.experiments.shrink import Shrunk
 
-_EFFORTS = ("quick", "normal", "best")
 _Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model directory or a hub id; it is not changed.")
 ]
@@ -72,9 +70,6 @@ _Directory = Annotated[
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Stop after the table of candidates with planned sizes.")
 ]
-_Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result in that directory.")
-]
 
 
 def shrink(
@@ -89,7 +84,7 @@ def shrink(
     recipe: _Recipes = None,
     output: _Directory = None,
     dry_run: _DryRun = False,
-    overwrite: _Overwrite = False,
+    overwrite: Overwrite = False,
     printed: Output = Format.text,
 ) -> None:
     """Find the smallest result that is still good, and write it.
@@ -159,6 +154,9 @@ def _evaluated(data: str | None, columns: list[str] | None, label: str | None) -
         raise error("PLM502", message, "--data", got=got, hint="add --data FILE")
     if data is None:
         return None
+    if len(columns or ()) > 2:
+        message, got = "a row has one or two texts", " ".join(columns or ())
+        raise error("PLM502", message, "--column", got=got)
     text = columns[0] if columns and len(columns) == 1 else columns
     given = {"data": data, "text": text, "label": label}
     return {name: value for name, value in given.items() if value is not None}
@@ -168,22 +166,13 @@ def _check(
     model: str, text: list[str], data: str | None, effort: str, target: str, metric: str | None
 ) -> None:
     """Refuse what can be known before anything is imported."""
-    from plmcc.experiments.goal import lower_is_better, parse_goal
-    from plmcc.recipe.metrics import Metric
+    from plmcc.experiments.goal import check_asked
 
     check_model(model)
-    parse_goal(target, lower_is_better(metric or ""))
-    if effort not in _EFFORTS:
-        allowed, hint = ", ".join(_EFFORTS), did_you_mean(effort, _EFFORTS)
-        raise error("PLM502", "unknown effort", "--effort", got=effort, allowed=allowed, hint=hint)
+    check_asked(target, effort, metric)
     if not (text or data):
         message = "there is no text, and nothing to judge results by"
         raise error("PLM502", message, "--text", hint="add --text FILE, or --data FILE")
-    known = get_args(Metric)
-    if metric is not None and metric not in known:
-        allowed, hint = ", ".join(known), did_you_mean(metric, known)
-        message = "unknown metric"
-        raise error("PLM502", message, "--metric", got=metric, allowed=allowed, hint=hint)
     for name in [*text, *([data] if data and not data.startswith("hub:") else [])]:
         matching_files(name, None)
 
@@ -201,11 +190,11 @@ def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _silent(found: list[Candidate], goal: Goal) -> None:
+def _silent(found: list[Candidate]) -> None:
     """Print nothing."""
 
 
-def _table(found: list[Candidate], goal: Goal) -> None:
+def _table(found: list[Candidate]) -> None:
     from rich.table import Table
 
     from plmcc.experiments.space import written
@@ -245,15 +234,9 @@ def _print_advice(found: Advice, text: list[str]) -> None:
         share = f"{part.share:.0%}" if part.share else ""
         table.add_row(part.name, megabytes(part.bytes), share, time)
     console().print(table)
-    _table(found.candidates, _no_goal())
+    _table(found.candidates)
     named = "".join(f" --text {shlex.quote(name)}" for name in text) or " --text FILE"
     named += " --data FILE" if found.task == "translation" else ""
     command = f"plmcc shrink {shlex.quote(found.model)}{named} --target"
     typer.echo(f"next: {command} 'drop<=1' -o DIR")
     typer.echo(f"      {command} 'size<=0.3x' --dry-run")
-
-
-def _no_goal() -> Goal:
-    from plmcc.experiments.goal import Goal
-
-    return Goal("", ())

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from plmcc.api import Pass
 from plmcc.artifact.size import component_bytes, parameter_count
-from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import PlmccError
 from plmcc.experiments.space import Space, plain, written
 from plmcc.models.source import Source
-from plmcc.pipeline.prepare import prepare, prepares
+from plmcc.pipeline.prepare import prepare, prepares, store
 from plmcc.planning.plan import plan
 from plmcc.recipe.load import Recipe, Stage, load_recipe, varied
 from plmcc.utils.text import first_line
@@ -170,10 +169,13 @@ class Outline:
         source, beside = self._after(early)
         stages = [first.model_copy(update={"passes": later}), *others]
         stages = [stage for stage in stages if stage.passes or stage.train]
-        if not stages:
-            return _weights(source) + beside, parameter_count(source.model)
-        rest = Recipe(task=recipe.task, stages=stages)
         copied = replace(source, model=copy.deepcopy(source.model))
+        if not stages:
+            store(recipe, copied.model)
+            return _weights(copied) + beside, parameter_count(copied.model)
+        rest = Recipe(
+            task=recipe.task, dtype=recipe.dtype, calibrate=recipe.calibrate, stages=stages
+        )
         made = plan(rest, copied, self.base, brief=True)
         if made.problems:
             raise PlmccError(*made.problems)
@@ -207,9 +209,3 @@ def side_bytes(source: Source) -> int:
             source.tokenizer.save_pretrained(name)
             total += sum(f.stat().st_size for f in Path(name).rglob("*") if f.is_file())
     return total
-
-
-def passes_of(recipe: Recipe) -> str:
-    """Return the passes of a recipe in a line."""
-    names = [catalog.name_of(type(one)) for stage in recipe.steps() for one in stage.passes]
-    return ", ".join(dict.fromkeys(names))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from plmcc.diagnostics import Location, PlmccError, did_you_mean, error
-from plmcc.recipe.metrics import LOWER_IS_BETTER
+from plmcc.recipe.metrics import LOWER_IS_BETTER, check_name
 
 _BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _UNITS: dict[str, dict[str, float]] = {
@@ -29,6 +29,24 @@ _LIMIT = re.compile(
     r"\s*(?P<name>[^\s<>=≤≥,]*)\s*(?P<relation>[<>=≤≥]*)\s*(?P<number>[-+]?[\d.]*(?:[eE][-+]?\d+)?)"
     r"\s*(?P<unit>[^\s,]*)\s*"
 )
+
+
+EFFORTS = ("quick", "normal", "best")
+"""How much `plmcc shrink` tries and trains."""
+
+
+def check_asked(target: str, effort: str, metric: str | None) -> None:
+    """Check what `plmcc shrink` is asked for, before anything is looked at.
+
+    Raises:
+        PlmccError: the target, the effort or the metric is none.
+    """
+    if metric is not None:
+        check_name(metric, "--metric")
+    parse_goal(target, lower_is_better(metric or ""))
+    if effort not in EFFORTS:
+        allowed, hint = ", ".join(EFFORTS), did_you_mean(effort, EFFORTS)
+        raise error("PLM502", "unknown effort", "--effort", got=effort, allowed=allowed, hint=hint)
 
 
 def lower_is_better(metric: str) -> bool:

@@ -18,24 +18,25 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plmcc.artifact.size import component_bytes
 from plmcc.data.classification import default_metric
 from plmcc.data.rows import load_rows
 from plmcc.data.tasks import LANGUAGE
-from plmcc.diagnostics import PlmccError, did_you_mean, error
+from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluation.evaluator import check_metric
 from plmcc.experiments.candidates import Candidate, candidates, side_bytes
-from plmcc.experiments.goal import Goal, lower_is_better, parse_goal
+from plmcc.experiments.goal import Goal, check_asked, lower_is_better, parse_goal
 from plmcc.experiments.trial import SearchRequest, original, run_trial
 from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.cache import folder_of
 from plmcc.pipeline.compiler import apply
-from plmcc.recipe.load import Evaluate, Recipe
-from plmcc.recipe.metrics import RELATIVE, Metric
+from plmcc.recipe.load import Evaluate, Recipe, Train
+from plmcc.recipe.metrics import RELATIVE
 from plmcc.report.provenance import base_digests, data_digests, named_data
 from plmcc.report.result import Result
 from plmcc.report.words import megabytes, number
@@ -50,8 +51,12 @@ TRIALS: dict[str, int] = {"quick": 7, "normal": 10, "best": 20}
 STEPS: dict[str, float] = {"quick": 0, "normal": 1, "best": 4}
 """How many times the steps of its recipe the chosen one is trained."""
 TARGET = "drop<=1"
+_EPOCHS = 3
+"""What the Trainer does where a recipe does not say how long it trains."""
 _ROWS = 1000
 """Rows that trials are judged by; the result is judged by all."""
+_OURS = ("held_out.txt", "text.txt", "trials.json")
+"""The files beside the output."""
 _HELD_OUT = 20
 """Every such line of the text is held out, where there is no labeled data."""
 
@@ -181,7 +186,7 @@ def find(
     *,
     dry_run: bool = False,
     overwrite: bool = False,
-    table: Callable[[list[Candidate], Goal], None] = lambda found, goal: None,
+    table: Callable[[list[Candidate]], None] = lambda found: None,
 ) -> Shrunk:
     """Find the smallest good result of a model, and write it.
 
@@ -200,6 +205,9 @@ def find(
     check_outside(output, Path(asked.model))
     work = output.resolve().with_name(f"{output.resolve().name}.shrink")
     before = work.exists()
+    if before and not (work.is_dir() and {f.name for f in work.iterdir()} <= {*_OURS}):
+        message = "this is where held-out text and trials go, and there is something else"
+        raise error("PLM501", message, str(work), hint="move it away, or choose another output")
     try:
         return _found(asked, output, work, dry_run, overwrite, table)
     except PlmccError:
@@ -214,7 +222,7 @@ def _found(
     work: Path,
     dry_run: bool,
     overwrite: bool,
-    table: Callable[[list[Candidate], Goal], None],
+    table: Callable[[list[Candidate]], None],
 ) -> Shrunk:
     asked.log(f"looking at {asked.model}")
     source = load_source(asked.model, meta=True)
@@ -222,7 +230,7 @@ def _found(
     goal = parse_goal(asked.target, lower_is_better(judged.metric))
     asked.log("planning the candidates")
     found = candidates(source, text, asked.recipes)
-    table(found, goal)
+    table(found)
     listed = [
         Tried(one.title, one.size if one.recipe else None, reason=one.reason) for one in found
     ]
@@ -236,16 +244,7 @@ def _found(
 
 def _check(asked: Asked) -> None:
     """Refuse what can be known before the model is looked at."""
-    parse_goal(asked.target, lower_is_better(asked.metric or ""))
-    if asked.effort not in TRIALS:
-        allowed, hint = ", ".join(TRIALS), did_you_mean(asked.effort, TRIALS)
-        message = "unknown effort"
-        raise error("PLM502", message, "effort", got=asked.effort, allowed=allowed, hint=hint)
-    known = get_args(Metric)
-    if asked.metric is not None and asked.metric not in known:
-        allowed, hint = ", ".join(known), did_you_mean(asked.metric, known)
-        message = "unknown metric"
-        raise error("PLM502", message, "--metric", got=asked.metric, allowed=allowed, hint=hint)
+    check_asked(asked.target, asked.effort, asked.metric)
     for name in asked.text:
         matching_files(name, None)
     if is_vectors(Path(asked.model)):
@@ -262,7 +261,7 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
     if asked.data is not None:
         metric = asked.metric or default_metric(source.task, config)
         check_metric(metric, source.task, "--metric", config)
-        return files, Evaluate.model_validate({"metric": metric, **asked.data})
+        return files, _evaluate(metric, asked.data)
     usual = "perplexity" if source.task in LANGUAGE else "fidelity"
     if source.task == "translation":
         message = "translations are judged by references, and none are given"
@@ -278,7 +277,7 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
         raise error("PLM502", message, "--text", hint="add --text FILE, or --data FILE")
     held = work / "held_out.txt"
     if dry_run:
-        return files, Evaluate.model_validate({"metric": metric, "data": files[0]})
+        return files, _evaluate(metric, {"data": files[0]})
     lines = [line for file in files for line in load_rows(file).texts()]
     if len(lines) < 2 * _HELD_OUT:
         message = "the text is too short to hold a part of it out"
@@ -291,9 +290,21 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
     held.write_text("\n".join(plain[step - 1 :: step]) + "\n", encoding="utf-8")
     kept = [line for index, line in enumerate(plain) if index % step != step - 1]
     rest.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    return [str(rest.resolve())], Evaluate.model_validate(
-        {"metric": metric, "data": str(held.resolve())}
-    )
+    return [str(rest.resolve())], _evaluate(metric, {"data": str(held.resolve())})
+
+
+def _evaluate(metric: str, values: Values) -> Evaluate:
+    """Return an `evaluate` section.
+
+    Raises:
+        PlmccError: it is malformed.
+    """
+    try:
+        return Evaluate.model_validate({"metric": metric, **values})
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = f"data: {'.'.join(map(str, first['loc']))}"
+        raise error("PLM502", first["msg"], place, got=repr(first["input"])) from None
 
 
 @dataclass
@@ -332,12 +343,16 @@ class _Run:
         metrics = self.done[_key(chosen)]
         met = self._excess(metrics) <= 0
         if not met and self.asked.effort == "quick":
-            near = f"the nearest is {chosen.title}: {self._figures(metrics)}"
-            more = "`--effort normal` trains it"
-            return self._ended(
-                "INFEASIBLE", f"no candidate reaches the target untrained; {near}; {more}"
-            )
+            return self._ended("INFEASIBLE", self._untrained_words(chosen, metrics))
         return self._applied(chosen, overwrite)
+
+    def _untrained_words(self, nearest: Candidate, metrics: dict[str, float]) -> str:
+        """Say that nothing is good enough without training, and what comes nearest."""
+        count = f"none of the {len(self.done)} candidates that were tried (of {len(self.usable)})"
+        near = f"the nearest is {nearest.title}: {self._figures(metrics)}"
+        trains = nearest.recipe is not None and any(s.train for s in nearest.recipe.steps())
+        more = "`--effort normal` trains it" if trains else "`--effort normal` tries more of them"
+        return f"{count} reaches the target untrained; {near}; {more}"
 
     def _beyond(self, one: Candidate) -> float:
         """By how much the planned sizes are beyond their limits."""
@@ -467,12 +482,8 @@ class _Run:
         good = self._excess(measured) <= 0
         words = f"{megabytes(self.before)} to {self._figures(measured)}; asked: {self.goal.text}"
         made = self._ended("ACCEPT" if good else "REGRESSION", words)
-        made.measured, made.chosen, made.recipe, made.result = (
-            measured,
-            chosen.title,
-            recipe,
-            result,
-        )
+        made.measured, made.chosen = measured, chosen.title
+        made.recipe, made.result = recipe, result
         return made
 
     def _indented(self, line: str) -> None:
@@ -524,12 +535,15 @@ def _untrained(recipe: Recipe) -> Recipe:
 def _trained(recipe: Recipe, times: float) -> Recipe:
     """Return a recipe with so many times the steps; 0 takes the training away."""
 
-    def longer(train: object) -> object:
+    def longer(train: Train | None) -> Train | None:
         if train is None or not times:
             return None
-        arguments = train.arguments  # type: ignore[attr-defined]
-        steps = {"max_steps": max(1, round(arguments["max_steps"] * times))}
-        return train.model_copy(update={"arguments": arguments | steps})  # type: ignore[attr-defined]
+        steps = train.arguments.get("max_steps", -1)
+        epochs = train.arguments.get("num_train_epochs", _EPOCHS)
+        length = {"max_steps": max(1, round(steps * times))}
+        if steps <= 0:
+            length = {"num_train_epochs": epochs * times}
+        return train.model_copy(update={"arguments": train.arguments | length})
 
     stages = recipe.stages and [
         stage.model_copy(update={"train": longer(stage.train)}) for stage in recipe.stages

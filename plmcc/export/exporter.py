@@ -16,7 +16,7 @@ from plmcc.artifact.size import component_bytes
 from plmcc.artifact.verify import first_output
 from plmcc.diagnostics import error
 from plmcc.export.encoder import check_encoder, write_encoder
-from plmcc.export.manifest import MANIFEST, Manifest, is_export
+from plmcc.export.manifest import MANIFEST, Manifest, free_export, mark_export
 from plmcc.export.proof import prove, record
 from plmcc.export.targets import NEEDED, check_target
 from plmcc.export.translation import check_programs, write_translation
@@ -25,7 +25,7 @@ from plmcc.ir.probes import probe_inputs
 from plmcc.models.other_files import copy_other_files, require_plmcc
 from plmcc.models.source import folder_digests, load_source
 from plmcc.utils.extras import library
-from plmcc.utils.files import check_outside, free, is_occupied, output_place, replace_directory
+from plmcc.utils.files import check_outside, replace_directory
 from plmcc.utils.numerics import relative_difference
 
 _EXACT = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -79,7 +79,7 @@ def export_dense(name: str, target: Path, *, overwrite: bool = False) -> tuple[i
         PlmccError: its structure is not that of the architecture, or the checkpoint computes
             something else.
     """
-    target = free(output_place(target), overwrite)
+    target = free_export(target, overwrite)
     source = load_source(name)
     check_outside(target, Path(name))
     made = densified(source.model)
@@ -98,6 +98,7 @@ def export_dense(name: str, target: Path, *, overwrite: bool = False) -> tuple[i
         if source.tokenizer is not None and not any(draft.glob("*tokeniz*")):
             source.tokenizer.save_pretrained(draft)
         require_plmcc(draft, False)
+        mark_export(draft, "dense")
     return sizes[0], sizes[1], difference
 
 
@@ -133,7 +134,7 @@ def export_model(
     """
     check_export(model, to)
     _check_int8(int8, to)
-    target = _free(output_place(target), overwrite)
+    target = free_export(target, overwrite)
     try:
         with replace_directory(target, MANIFEST) as draft:
             name = target.name
@@ -208,24 +209,6 @@ def _write(
     )
     manifest.write(folder)
     return prove(folder, rough or int8) if encoder else manifest
-
-
-def _free(target: Path, overwrite: bool) -> Path:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        hint = "choose another directory"
-        raise error("PLM501", "the output directory is a file", str(target), hint=hint)
-    if is_occupied(target):
-        ours = is_export(target)
-        if not (overwrite and ours):
-            message = "the output directory exists" + ("" if ours else " and contains no export")
-            hint = (
-                "add --overwrite, or choose another directory"
-                if ours
-                else "choose another directory"
-            )
-            raise error("PLM501", message, str(target), hint=hint)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
 
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:

@@ -25,11 +25,12 @@ from plmcc.data.pooling import MODULES, Pooling, last_states
 from plmcc.data.tasks import EMBEDDING
 from plmcc.diagnostics import PlmccError, error
 from plmcc.export.encoder import check_encoder, encoder_program, example, longest
+from plmcc.export.manifest import free_export, mark_export
 from plmcc.export.targets import check_target
 from plmcc.kit import HardLinear
 from plmcc.models.other_files import copy_other_files, require_plmcc
 from plmcc.models.source import Source, load_source
-from plmcc.utils.files import check_outside, free, output_place, replace_directory
+from plmcc.utils.files import check_outside, replace_directory
 from plmcc.utils.numerics import relative_difference
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
@@ -100,11 +101,10 @@ def export_hub(
             else.
     """
     check_target("onnx")
-    target = free(output_place(target), overwrite)
+    target = free_export(target, overwrite)
     source = load_source(name)
     check_outside(target, Path(name))
     check_encoder(source.model, "onnx")
-    target.parent.mkdir(parents=True, exist_ok=True)
     with replace_directory(target, "config.json") as draft:
         return _write(source, draft, precisions)
 
@@ -243,6 +243,7 @@ def _write_others(source: Source, folder: Path) -> None:
     if source.folder is not None:
         copy_other_files(source.other_files(), source.folder, folder)
     require_plmcc(folder, False)
+    mark_export(folder, "hub")
 
 
 def _cut_as_the_model(file: Path, source: Source) -> None:

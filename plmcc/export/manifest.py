@@ -14,9 +14,12 @@ import torch
 
 from plmcc.artifact.lock import digest
 from plmcc.diagnostics import error
+from plmcc.utils.files import is_occupied, output_place
 from plmcc.utils.types import Values
 
 MANIFEST = "manifest.json"
+LAYOUT = "plmcc_export.json"
+"""What marks an export that plmcc does not run itself."""
 FORMAT = 4
 _MARK = "plmcc_export"
 _CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
@@ -129,9 +132,39 @@ class Manifest:
 
 
 def is_export(folder: Path) -> bool:
-    """Say whether a directory holds an export, of any version of plmcc."""
+    """Say whether a directory holds programs that plmcc runs, of any version."""
+    return _is_marked(folder / MANIFEST)
+
+
+def mark_export(folder: Path, layout: str) -> None:
+    """Say of a directory that others read that it is an export, so that it may be replaced."""
+    values = {_MARK: FORMAT, "layout": layout}
+    (folder / LAYOUT).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+def free_export(target: Path, overwrite: bool) -> Path:
+    """Return the directory of an export if it may be written.
+
+    Raises:
+        PlmccError: it is a file, or there is something that is no earlier export.
+    """
+    target = output_place(target)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        hint = "choose another directory"
+        raise error("PLM501", "the output directory is a file", str(target), hint=hint)
+    if is_occupied(target):
+        ours = is_export(target) or _is_marked(target / LAYOUT)
+        if not (overwrite and ours):
+            message = "the output directory exists" + ("" if ours else " and contains no export")
+            hint = ("add --overwrite, or " if ours else "") + "choose another directory"
+            raise error("PLM501", message, str(target), hint=hint)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _is_marked(file: Path) -> bool:
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and _MARK in values

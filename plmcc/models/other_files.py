@@ -48,6 +48,7 @@ _CODE = (".py", ".pyc", ".so", ".ipynb")
 _ANEW = (
     "config.json",
     "plmcc.lock.json",
+    "plmcc_export.json",
     "report.json",
     "report.html",
     "recipe.yaml",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from plmcc.diagnostics import did_you_mean, error
 
 # fmt: off
 Metric = Literal[
@@ -46,3 +49,23 @@ DEFAULT_METRICS = {
 RELATIVE = ("fidelity", "kl_divergence")
 """Metrics that compare with the original model, and need no labels."""
 LOWER_IS_BETTER = ("perplexity", "kl_divergence", "mse")
+
+
+def check_name(
+    metric: str, place: str, known: Sequence[str] = get_args(Metric), message: str = ""
+) -> None:
+    """Check the name of a metric that was given on the command line or to a function.
+
+    Args:
+        metric: the name.
+        place: the option or argument.
+        known: what may be given.
+        message: what is wrong otherwise; by default that it is unknown.
+
+    Raises:
+        PlmccError: it is none of these.
+    """
+    if metric not in known:
+        allowed, hint = ", ".join(known), did_you_mean(metric, known)
+        message = message or "unknown metric"
+        raise error("PLM502", message, place, got=metric, allowed=allowed, hint=hint)

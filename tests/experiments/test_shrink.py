@@ -17,7 +17,7 @@ from plmcc.experiments import shrink as engine
 from plmcc.experiments import trial
 from plmcc.experiments.candidates import candidates, shipped
 from plmcc.models.source import Source, load_source
-from plmcc.recipe.load import load_recipe
+from plmcc.recipe.load import load_recipe, parse_recipe
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -122,6 +122,7 @@ def test_what_nothing_reaches_is_said_with_the_nearest(folder: Path, tmp_path: P
     assert "the nearest is codes (codebooks 2)" in found["words"]
     found = shrunk(folder, *given, "drop<=-50", "--effort", "quick", code=1)
     assert found["verdict"] == "INFEASIBLE"
+    assert "none of the 4 candidates that were tried (of 4)" in found["words"]
     assert "the nearest is" in found["words"]
     assert not (tmp_path / "out").exists()
     found = shrunk(folder, *given, "drop<=-50", code=1)
@@ -130,11 +131,12 @@ def test_what_nothing_reaches_is_said_with_the_nearest(folder: Path, tmp_path: P
 
 
 def test_a_dry_run_only_plans(folder: Path, tmp_path: Path) -> None:
-    done = run(folder, "--text", str(folder / "text.txt"), "--dry-run")
+    given = ["--dry-run", "-o", str(tmp_path / "out")]
+    done = run(folder, "--text", str(folder / "text.txt"), *given)
     assert done.exit_code == 0
     assert "codebooks 2" in done.stdout
     assert "4 candidates; nothing was tried" in done.stdout
-    assert "not shipped" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_command_goes_on(
@@ -198,6 +200,9 @@ def test_a_model_in_memory_is_shrunk_from_python(folder: Path, tmp_path: Path) -
         (["--metric", "spaerman"], "did you mean `spearman`?"),
         (["--metric", "spearman"], "add --data FILE"),
         (["--column", "text"], "--column"),
+        (["--data", "ROWS", *("--column", "text") * 3], "one or two texts"),
+        (["--data", "ROWS", "--label", "lable"], "lable"),
+        (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
         (["-o", "INSIDE"], "inside"),
     ],
 )
@@ -205,7 +210,8 @@ def test_bad_input_is_one_sentence(
     arguments: list[str], said: str, folder: Path, tmp_path: Path
 ) -> None:
     inside = str(folder / "bert/small")
-    arguments = [inside if one == "INSIDE" else one for one in arguments]
+    named = {"INSIDE": inside, "ROWS": str(folder / "rows.tsv")}
+    arguments = [named.get(one, one) for one in arguments]
     given = ["--text", str(folder / "text.txt"), "-o", str(tmp_path / "out"), *arguments]
     done = run(folder, *given)
     assert isinstance(done.exception, PlmccError), done.exception
@@ -227,12 +233,49 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     assert "too short to hold a part of it out" in done.exception.render()
 
 
+def test_what_lies_beside_the_output_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.shrink").mkdir()
+    (tmp_path / "out.shrink/notes.txt").write_text("keep")
+    done = run(folder, "--text", str(folder / "text.txt"), "-o", str(tmp_path / "out"))
+    assert isinstance(done.exception, PlmccError)
+    assert "there is something else" in done.exception.render()
+    assert [file.name for file in (tmp_path / "out.shrink").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "length"),
+    [
+        ("max_steps: 2", {"max_steps": 8}),
+        ("num_train_epochs: 1", {"num_train_epochs": 4}),
+        ("learning_rate: 1.0e-4", {"num_train_epochs": 12}),
+    ],
+)
+def test_the_best_effort_trains_four_times_as_long(arguments: str, length: dict[str, int]) -> None:
+    text = RECIPE.replace("max_steps: 2", arguments)
+    made = engine._trained(parse_recipe(text), engine.STEPS["best"])
+    assert made.train is not None
+    assert length.items() <= made.train.arguments.items()
+    assert engine._trained(made, 0).train is None
+
+
+def test_a_planned_size_is_in_the_dtype_of_the_recipe(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "half.yaml").write_text(PRUNED + "dtype: float16\n")
+    source = load_source(folder / "bert", meta=True)
+    text = [str(folder / "text.txt")]
+    (whole,) = candidates(source, text, [folder / "pruned.yaml"])
+    (half,) = candidates(source, text, [tmp_path / "half.yaml"])
+    assert half.parameters == whole.parameters
+    assert whole.size - half.size == pytest.approx(2 * whole.parameters, rel=0.01)
+
+
 def test_a_python_call_checks_its_arguments(folder: Path, tmp_path: Path) -> None:
     model: Any = BertModel.from_pretrained(folder / "bert")
     text, out = folder / "text.txt", tmp_path / "out"
     wrong: Any = "hmm"
     with pytest.raises(PlmccError, match="unknown effort"):
         plmcc.shrink(folder / "bert", text, output=out, effort=wrong)
+    with pytest.raises(PlmccError, match="data: bogus"):
+        plmcc.shrink(folder / "bert", text, output=out, data={"data": "x.tsv", "bogus": 1})
     with pytest.raises(PlmccError, match="pass `tokenizer=`"):
         plmcc.shrink(model, text, output=out)
 

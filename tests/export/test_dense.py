@@ -73,6 +73,24 @@ def test_an_artifact_becomes_a_checkpoint_that_transformers_loads_alone(
     assert (tmp_path / "dense/tokenizer.json").exists()
 
 
+def test_only_an_export_is_overwritten(tmp_path: Path) -> None:
+    plmcc.apply(recipe(CODES), saved("bert", tmp_path), tmp_path / "small")
+    given = ["export", str(tmp_path / "small"), "--to", "dense", "-o"]
+    for place, flag, said in (
+        ("dense", [], ""),
+        ("dense", [], "the output directory exists"),
+        ("dense", ["--overwrite"], ""),
+        ("bert", ["--overwrite"], "contains no export"),
+        ("small/inside", [], "inside"),
+    ):
+        done = CliRunner().invoke(app, [*given, str(tmp_path / place), *flag])
+        assert (done.exit_code == 0) == (not said), done.exception
+        assert not said or said in done.exception.render()  # type: ignore[union-attr]
+    assert (tmp_path / "bert/model.safetensors").exists()
+    plmcc.apply(recipe(CODES), tmp_path / "dense", tmp_path / "again")
+    assert not (tmp_path / "again/plmcc_export.json").exists()
+
+
 def test_another_structure_is_refused(tmp_path: Path) -> None:
     pruned = "movement_pruning: {method: magnitude, granularity: structured, density: 0.5}"
     plmcc.apply(recipe(pruned), saved("bert", tmp_path), tmp_path / "small")

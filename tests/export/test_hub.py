@@ -157,6 +157,13 @@ def test_only_the_int8_file_is_written_where_it_is_asked_for(folder: Path, tmp_p
     assert [file.name for file in (tmp_path / "out/onnx").iterdir()] == ["model_quantized.onnx"]
     with pytest.raises(PlmccError, match="the output directory exists"):
         export_hub(str(folder / "bare"), tmp_path / "out", precisions=["int8"])
+    export_hub(str(folder / "bare"), tmp_path / "out", precisions=["fp32"], overwrite=True)
+    assert [file.name for file in (tmp_path / "out/onnx").iterdir()] == ["model.onnx"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(PlmccError, match="contains no export"):
+        export_hub(str(folder / "bare"), tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
 
 @pytest.mark.parametrize(
