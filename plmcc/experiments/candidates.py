@@ -50,6 +50,12 @@ class Candidate:
         return f"{self.name} ({written(self.values)})" if self.values else self.name
 
     @property
+    def key(self) -> str:
+        """What tells its recipe from others."""
+        assert self.recipe is not None
+        return self.recipe.digest()
+
+    @property
     def sizes(self) -> dict[str, float]:
         """The planned sizes, as limits of a target name them."""
         return {"size": self.size, "parameters": self.parameters}

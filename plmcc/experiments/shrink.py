@@ -1,19 +1,15 @@
 """`plmcc shrink`: the smallest result of the shipped recipes that is still good.
 
-All candidates are planned without weights. Those that fit the target are tried without training,
-as many as the effort allows. Of one recipe, larger candidates are better: first the largest of each
-recipe is tried, then between those of the smallest good one, by bisection. The one that is chosen
-is carried out as any recipe is, with its training, and judged by the target.
+All candidates are planned without weights (`candidates`). Of those that fit the target some are
+tried without training (`selection`). The one that is chosen is carried out as any recipe is, with
+its training, and judged by the target.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
@@ -31,32 +27,27 @@ from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluation.evaluator import check_metric
 from plmcc.experiments.candidates import Candidate, candidates, side_bytes
 from plmcc.experiments.goal import Goal, check_asked, lower_is_better, parse_goal
-from plmcc.experiments.trial import SearchRequest, original, run_trial
+from plmcc.experiments.selection import FILE, Selection, trained
 from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.cache import folder_of
 from plmcc.pipeline.compiler import apply
-from plmcc.recipe.load import Evaluate, Recipe, Train
+from plmcc.recipe.load import Evaluate, Recipe
 from plmcc.recipe.metrics import RELATIVE
-from plmcc.report.provenance import base_digests, data_digests, named_data
 from plmcc.report.result import Result
-from plmcc.report.words import megabytes, number
-from plmcc.utils.files import check_outside, free, matching_files, output_place, write_json
+from plmcc.report.words import megabytes
+from plmcc.utils.files import check_outside, free, matching_files, output_place
 from plmcc.utils.types import Values
 
 Say = Callable[[str], None]
 Effort = Literal["quick", "normal", "best"]
 Verdict = Literal["ACCEPT", "REGRESSION", "INFEASIBLE"]
-TRIALS: dict[str, int] = {"quick": 7, "normal": 10, "best": 20}
-"""How many candidates are tried."""
 STEPS: dict[str, float] = {"quick": 0, "normal": 1, "best": 4}
 """How many times the steps of its recipe the chosen one is trained."""
 TARGET = "drop<=1"
-_EPOCHS = 3
-"""What the Trainer does where a recipe does not say how long it trains."""
-_ROWS = 1000
-"""Rows that trials are judged by; the result is judged by all."""
-_OURS = ("held_out.txt", "text.txt", "trials.json")
+_OURS = ("held_out.txt", "text.txt", FILE)
 """The files beside the output."""
+_MOST = 1000
+"""Lines that are held out."""
 _HELD_OUT = 20
 """Every such line of the text is held out, where there is no labeled data."""
 
@@ -211,7 +202,7 @@ def find(
     try:
         return _found(asked, output, work, dry_run, overwrite, table)
     except PlmccError:
-        if not before and work.exists() and not (work / "trials.json").exists():
+        if not before and work.exists() and not (work / FILE).exists():
             shutil.rmtree(work)
         raise
 
@@ -239,7 +230,8 @@ def _found(
         words = f"{len(usable)} candidates"
         return Shrunk(None, words, metric=judged.metric, candidates=listed)
     before = sum(component_bytes(source.model).values()) + side_bytes(source)
-    return _Run(asked, goal, judged, work, output, usable, listed, before).carry_out(overwrite)
+    given = (asked.model, goal, judged, asked.effort, work, usable, asked.log)
+    return _Run(asked, goal, judged, Selection(*given), output, listed, before).carry_out(overwrite)
 
 
 def _check(asked: Asked) -> None:
@@ -284,7 +276,7 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
         given, allowed = f"{len(lines)} lines", f"at least {2 * _HELD_OUT} lines"
         raise error("PLM301", message, ", ".join(asked.text), got=given, allowed=allowed)
     work.mkdir(parents=True, exist_ok=True)
-    step = max(_HELD_OUT, len(lines) // _ROWS)
+    step = max(_HELD_OUT, len(lines) // _MOST)
     rest = work / "text.txt"
     plain = [" ".join(line.split()) for line in lines]
     held.write_text("\n".join(plain[step - 1 :: step]) + "\n", encoding="utf-8")
@@ -309,23 +301,21 @@ def _evaluate(metric: str, values: Values) -> Evaluate:
 
 @dataclass
 class _Run:
-    """The trials and the result of one call."""
+    """The choice and the result of one call."""
 
     asked: Asked
     goal: Goal
     judged: Evaluate
-    work: Path
+    trials: Selection
     output: Path
-    usable: list[Candidate]
-    """From small to large."""
     listed: list[Tried]
     before: int
     """Bytes of the original on disk."""
-    known: dict[str, float] = field(default_factory=dict)
-    done: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By the digest of a recipe, what was measured."""
-    tried: int = 0
-    """How many were tried in this call."""
+
+    @property
+    def usable(self) -> list[Candidate]:
+        """The candidates, from small to large."""
+        return self.trials.usable
 
     def carry_out(self, overwrite: bool) -> Shrunk:
         """Try, choose, apply, judge."""
@@ -337,19 +327,19 @@ class _Run:
         if not possible:
             near = f"the nearest is {smallest.title} with {megabytes(smallest.size)}"
             return self._ended("INFEASIBLE", f"no candidate is planned within the target; {near}")
-        source, self.known = self._original(possible[0])
-        self.known["size"] = self.before
-        chosen = self._choose(possible, source)
-        metrics = self.done[_key(chosen)]
-        met = self._excess(metrics) <= 0
+        trials = self.trials
+        chosen = trials.choose(possible, trials.begin(possible[0], self.before))
+        metrics = trials.done[chosen.key]
+        met = trials.excess(metrics) <= 0
         if not met and self.asked.effort == "quick":
             return self._ended("INFEASIBLE", self._untrained_words(chosen, metrics))
         return self._applied(chosen, overwrite)
 
     def _untrained_words(self, nearest: Candidate, metrics: dict[str, float]) -> str:
         """Say that nothing is good enough without training, and what comes nearest."""
-        count = f"none of the {len(self.done)} candidates that were tried (of {len(self.usable)})"
-        near = f"the nearest is {nearest.title}: {self._figures(metrics)}"
+        tried, known = len(self.trials.done), len(self.usable)
+        count = f"none of the {tried} candidates that were tried (of {known})"
+        near = f"the nearest is {nearest.title}: {self.trials.figures(metrics)}"
         trains = nearest.recipe is not None and any(s.train for s in nearest.recipe.steps())
         more = "`--effort normal` trains it" if trains else "`--effort normal` tries more of them"
         return f"{count} reaches the target untrained; {near}; {more}"
@@ -360,110 +350,10 @@ class _Run:
         found = self.goal.excess(one.sizes, known)
         return max(found.values(), default=0.0)
 
-    def _excess(self, metrics: dict[str, float]) -> float:
-        found = self.goal.excess(metrics, self.known)
-        return sum(max(0.0, beyond) for beyond in found.values())
-
-    def _request(self, recipe: Recipe) -> SearchRequest:
-        few = self.judged.model_copy(update={"limit": self.judged.limit or _ROWS})
-        bare = recipe.model_copy(update={"evaluate": [few]})
-        return SearchRequest(_untrained(bare), self.goal, self.asked.model, None, lambda _: None)
-
-    def _original(self, one: Candidate) -> tuple[Source, dict[str, float]]:
-        assert one.recipe is not None
-        self.asked.log(f"evaluating the original by {self.judged.metric}")
-        start = time.perf_counter()
-        found = original(self._request(one.recipe))
-        count = min(TRIALS[self.asked.effort], len(self.usable))
-        seconds = 2 * (time.perf_counter() - start) * count
-        self._restore(found[0])
-        self.asked.log(f"trying up to {count} candidates without training, about {_about(seconds)}")
-        return found
-
-    def _choose(self, possible: list[Candidate], source: Source) -> Candidate:
-        """Return the smallest that reaches the target, or the nearest to it."""
-        if not self.goal.judges:  # the best of what fits: large ones are better
-            tried = possible[-TRIALS[self.asked.effort] :]
-            for one in reversed(tried):
-                self._try(one, source)
-            sign = 1 if lower_is_better(self.judged.metric) else -1
-            return min(tried, key=lambda one: (self._loss(one), sign * self._quality(one)))
-        families: dict[str, list[Candidate]] = {}
-        for one in possible:
-            families.setdefault(one.name, []).append(one)
-        tops = sorted((family[-1] for family in families.values()), key=lambda one: one.size)
-        # The largest of all is the safest; then by bisection, as if good ones were the large ones.
-        good = tops.pop() if self._good(tops[-1], source) else None
-        good = self._smallest(tops, source) or good
-        if good is not None:
-            good = self._smallest(families[good.name][:-1], source) or good
-            smaller = [one for one in possible if one.size < good.size]
-            good = next((one for one in reversed(smaller) if self._good(one, source)), None) or good
-        if good is not None:
-            return good
-        for one in reversed(possible):
-            self._good(one, source)
-        tried = [one for one in possible if _key(one) in self.done]
-        return min(tried, key=self._loss)
-
-    def _smallest(self, sorted_: list[Candidate], source: Source) -> Candidate | None:
-        """Return the smallest that is good, by bisection, as far as trials are left."""
-        low, high, good = 0, len(sorted_) - 1, None
-        while low <= high:
-            middle = (low + high) // 2
-            if self._good(sorted_[middle], source):
-                good, high = sorted_[middle], middle - 1
-            else:
-                low = middle + 1
-        return good
-
-    def _good(self, one: Candidate, source: Source) -> bool:
-        """Whether a candidate reaches the target; where no trials are left, it does not."""
-        known = _key(one) in self.done
-        if not known and self.tried >= TRIALS[self.asked.effort]:
-            return False
-        return self._loss(one, source) <= 0
-
-    def _quality(self, one: Candidate) -> float:
-        return self.done[_key(one)].get("quality", float("nan"))
-
-    def _loss(self, one: Candidate, source: Source | None = None) -> float:
-        if source is not None:
-            self._try(one, source)
-        found = self.done[_key(one)]
-        return self._excess(found) if found else float("inf")
-
-    def _try(self, one: Candidate, source: Source) -> None:
-        if _key(one) in self.done:
-            return
-        assert one.recipe is not None
-        self.tried += 1
-        start = time.perf_counter()
-        request = self._request(one.recipe)
-        try:
-            found = run_trial(request, request.recipe, source, self.known)
-        except PlmccError as problem:
-            self.asked.log(f"  {one.title}: {problem.diagnostics[0].message}")
-            found = {}
-        else:
-            found["size"] = float(one.size)
-            took = time.perf_counter() - start
-            self.asked.log(f"  {one.title}: {self._figures(found)}  [{took:.0f} s]")
-        self.done[_key(one)] = found
-        self._keep()
-
-    def _figures(self, metrics: dict[str, float]) -> str:
-        if not metrics:
-            return "it failed"
-        size, quality = megabytes(round(metrics["size"])), number(metrics["quality"])
-        words = f"{size}, {self.judged.metric} {quality}"
-        words += f" (original {number(self.known['quality'])})"
-        return words + (f", {metrics['speed']:.2f} times as fast" if "speed" in metrics else "")
-
     def _applied(self, chosen: Candidate, overwrite: bool) -> Shrunk:
         assert chosen.recipe is not None
         times = STEPS[self.asked.effort]
-        recipe = _trained(chosen.recipe, times).model_copy(update={"evaluate": [self.judged]})
+        recipe = trained(chosen.recipe, times).model_copy(update={"evaluate": [self.judged]})
         trains = any(stage.train for stage in recipe.steps())
         how = "training and writing it" if trains else "writing it; it is not trained"
         self.asked.log(f"chosen: {chosen.title}; {how}")
@@ -475,12 +365,14 @@ class _Run:
         after = result.metrics[0]["after"]
         sign = 1 if lower_is_better(self.judged.metric) else -1
         before = result.metrics[0]["before"]
-        self.known |= {"quality": before}
+        self.trials.known |= {"quality": before}
         size = sum(result.bytes_after.values()) + side_bytes(result.source)
-        measured = self.done[_key(chosen)] | {"size": float(size), "quality": after}
+        measured = self.trials.done[chosen.key] | {"size": float(size), "quality": after}
         measured["drop"] = sign * (after - before)
-        good = self._excess(measured) <= 0
-        words = f"{megabytes(self.before)} to {self._figures(measured)}; asked: {self.goal.text}"
+        good = self.trials.excess(measured) <= 0
+        words = (
+            f"{megabytes(self.before)} to {self.trials.figures(measured)}; asked: {self.goal.text}"
+        )
         made = self._ended("ACCEPT" if good else "REGRESSION", words)
         made.measured, made.chosen = measured, chosen.title
         made.recipe, made.result = recipe, result
@@ -490,62 +382,11 @@ class _Run:
         self.asked.log(f"  {line}")
 
     def _ended(self, verdict: Verdict, words: str) -> Shrunk:
-        tried = {one.title: self.done.get(_key(one), {}) for one in self.usable}
+        tried = {one.title: self.trials.done.get(one.key, {}) for one in self.usable}
         listed = [replace(one, metrics=tried.get(one.title, {})) for one in self.listed]
         before = {"size": float(self.before)} | {
-            name: value for name, value in self.known.items() if name == "quality"
+            name: value for name, value in self.trials.known.items() if name == "quality"
         }
         return Shrunk(verdict, words, before, metric=self.judged.metric, candidates=listed)
 
     # --- what is kept for the next call
-
-    def _restore(self, source: Source) -> None:
-        """Read what an earlier call has measured by the same model and data."""
-        recipes = [one.recipe for one in self.usable if one.recipe is not None]
-        recipe = max(recipes, key=lambda one: len(named_data(one)))
-        recipe = recipe.model_copy(update={"evaluate": [self.judged]})
-        same = [base_digests(source), data_digests(recipe, None), self.goal.text]
-        self.digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-        file = self.work / "trials.json"
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
-        if kept.get("digest") == self.digest:
-            self.done = kept["trials"]
-
-    def _keep(self) -> None:
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_json(self.work / "trials.json", {"digest": self.digest, "trials": self.done})
-
-
-def _key(one: Candidate) -> str:
-    assert one.recipe is not None
-    return one.recipe.digest()
-
-
-def _about(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _untrained(recipe: Recipe) -> Recipe:
-    return _trained(recipe, 0)
-
-
-def _trained(recipe: Recipe, times: float) -> Recipe:
-    """Return a recipe with so many times the steps; 0 takes the training away."""
-
-    def longer(train: Train | None) -> Train | None:
-        if train is None or not times:
-            return None
-        steps = train.arguments.get("max_steps", -1)
-        epochs = train.arguments.get("num_train_epochs", _EPOCHS)
-        length = {"max_steps": max(1, round(steps * times))}
-        if steps <= 0:
-            length = {"num_train_epochs": epochs * times}
-        return train.model_copy(update={"arguments": train.arguments | length})
-
-    stages = recipe.stages and [
-        stage.model_copy(update={"train": longer(stage.train)}) for stage in recipe.stages
-    ]
-    return recipe.model_copy(update={"train": longer(recipe.train), "stages": stages})

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 import plmcc
 from plmcc.cli.app import app
 from plmcc.diagnostics import PlmccError
+from plmcc.experiments import selection, trial
 from plmcc.experiments import shrink as engine
-from plmcc.experiments import trial
 from plmcc.experiments.candidates import candidates, shipped
 from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import load_recipe, parse_recipe
@@ -151,7 +151,7 @@ def test_the_same_command_goes_on(
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(engine, "run_trial", stopped)
+    monkeypatch.setattr(selection, "run_trial", stopped)
     given = ["--text", str(folder / "text.txt"), "-o", str(tmp_path / "out")]
     ended = run(folder, *given, "--target", "drop<=100", "--effort", "quick")
     assert ended.exit_code == 130
@@ -252,10 +252,10 @@ def test_what_lies_beside_the_output_is_not_written_over(folder: Path, tmp_path:
 )
 def test_the_best_effort_trains_four_times_as_long(arguments: str, length: dict[str, int]) -> None:
     text = RECIPE.replace("max_steps: 2", arguments)
-    made = engine._trained(parse_recipe(text), engine.STEPS["best"])
+    made = selection.trained(parse_recipe(text), engine.STEPS["best"])
     assert made.train is not None
     assert length.items() <= made.train.arguments.items()
-    assert engine._trained(made, 0).train is None
+    assert selection.trained(made, 0).train is None
 
 
 def test_a_planned_size_is_in_the_dtype_of_the_recipe(folder: Path, tmp_path: Path) -> None:
