@@ -48,6 +48,8 @@ _OURS = ("held_out.txt", "text.txt", FILE)
 """The files beside the output."""
 _MOST = 1000
 """Lines that are held out."""
+_UNKNOWN = 0.3
+"""The part of the text's tokens that may be unknown."""
 _HELD_OUT = 20
 """Every such line of the text is held out, where there is no labeled data."""
 
@@ -275,6 +277,7 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
         message = "the text is too short to hold a part of it out"
         given, allowed = f"{len(lines)} lines", f"at least {2 * _HELD_OUT} lines"
         raise error("PLM301", message, ", ".join(asked.text), got=given, allowed=allowed)
+    _check_known(source, lines[:_MOST], ", ".join(asked.text))
     work.mkdir(parents=True, exist_ok=True)
     step = max(_HELD_OUT, len(lines) // _MOST)
     rest = work / "text.txt"
@@ -283,6 +286,22 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
     kept = [line for index, line in enumerate(plain) if index % step != step - 1]
     rest.write_text("\n".join(kept) + "\n", encoding="utf-8")
     return [str(rest.resolve())], _evaluate(metric, {"data": str(held.resolve())})
+
+
+def _check_known(source: Source, lines: list[str], place: str) -> None:
+    """Refuse text that the tokenizer does not know: every result would be like the original on it.
+
+    Raises:
+        PlmccError: too many of its tokens are unknown.
+    """
+    tokenizer = source.need_tokenizer("a comparison on text")
+    encoded = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [index for row in encoded for index in row]
+    unknown = tokenizer.unk_token_id
+    lost = ids.count(unknown) / max(1, len(ids)) if unknown is not None else 0.0
+    if lost > _UNKNOWN:
+        message = f"the tokenizer reads {lost:.0%} of the text as unknown tokens"
+        raise error("PLM303", message, place, hint="use text in a language of the model")
 
 
 def _evaluate(metric: str, values: Values) -> Evaluate:

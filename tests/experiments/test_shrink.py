@@ -231,6 +231,11 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     done = run(folder, "--text", str(tmp_path / "short.txt"), "-o", str(tmp_path / "out"))
     assert isinstance(done.exception, PlmccError)
     assert "too short to hold a part of it out" in done.exception.render()
+    (tmp_path / "other.txt").write_text("\u1230\u120b\u121d \u12d3\n" * 50, encoding="utf-8")
+    done = run(folder, "--text", str(tmp_path / "other.txt"), "-o", str(tmp_path / "out"))
+    assert isinstance(done.exception, PlmccError)
+    assert "100% of the text as unknown tokens" in done.exception.render()
+    assert {file.name for file in tmp_path.iterdir()} == {"short.txt", "other.txt"}
 
 
 def test_what_lies_beside_the_output_is_not_written_over(folder: Path, tmp_path: Path) -> None:
