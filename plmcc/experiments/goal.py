@@ -67,7 +67,10 @@ class Limit:
     at_least: bool
 
     def excess(self, found: float, original: float) -> float:
-        """Return by how much a figure is beyond the limit, as a part of it: 0 or less is met."""
+        """Return by how much a value is beyond the limit, as a part of it: 0 or less is met, and
+        what is not a number is infinitely far."""
+        if math.isnan(found):
+            return math.inf
         limit = self.value * (original if self.relative else 1)
         beyond = limit - found if self.at_least else found - limit
         return beyond / (abs(limit) or 1)

@@ -377,9 +377,11 @@ class _Run:
         how = "training and writing it" if trains else "writing it; it is not trained"
         self.asked.log(f"chosen: {chosen.title}; {how}")
         resume = folder_of(self.output).exists()
-        given = {"resume": resume, "overwrite": overwrite, "log": self._indented}
+        place, say = self.output, self._indented
         with redirect_stdout(sys.stderr):  # the Trainer prints its log
-            result = apply(recipe, self.asked.model, self.output, **given)  # type: ignore[arg-type]
+            result = apply(
+                recipe, self.asked.model, place, overwrite=overwrite, resume=resume, log=say
+            )
         shutil.rmtree(folder_of(self.output), ignore_errors=True)  # stages of a finished run
         after = result.metrics[0]["after"]
         sign = 1 if lower_is_better(self.judged.metric) else -1

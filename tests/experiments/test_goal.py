@@ -30,6 +30,7 @@ def test_a_limit_says_by_how_much_it_is_exceeded() -> None:
     excess = goal.excess(metrics, original)
     assert excess == {"size": pytest.approx(0.2), "quality": pytest.approx(0.05), "latency": -0.25}
     assert goal.excess({"size": 50.0}, original) == {"size": 0.0}
+    assert goal.excess({"quality": float("nan")}, original) == {"quality": float("inf")}
 
 
 def test_a_drop_may_be_a_part_of_the_quality_and_speed_is_at_least() -> None:

@@ -183,6 +183,18 @@ def test_bad_input_is_one_sentence(
     assert said in done.exception.render()
 
 
+@pytest.mark.parametrize("precision", list(FILES))
+def test_outputs_that_are_no_numbers_are_not_written(precision: str, tmp_path: Path) -> None:
+    config: Any = tiny("bert").config
+    model = BertModel(config)
+    model.get_parameter("encoder.layer.0.output.dense.bias").data[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    with pytest.raises(PlmccError, match="computes something else"):
+        export_hub(str(tmp_path / "model"), tmp_path / "out", precisions=[precision])
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_that_write_text_are_refused(tmp_path: Path) -> None:
     tiny("gpt2").save_pretrained(tmp_path / "gpt2")
     words().save_pretrained(tmp_path / "gpt2")
