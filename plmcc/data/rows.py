@@ -15,7 +15,7 @@ import math
 import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,14 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def spread(self, count: int | None) -> Rows:
+        """Return so many rows, evenly spaced; all where there are not more."""
+        if count is None or len(self) <= count:
+            return self
+        chosen = [index * len(self) // count for index in range(count)]
+        kept = tuple(self.kept[index] for index in chosen) if self.kept else tuple(chosen)
+        return replace(self, table=self.table.select(chosen), kept=kept)
 
     def texts(self, column: int = 0) -> list[str]:
         """Return the texts of one of the text columns."""

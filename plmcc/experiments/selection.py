@@ -58,7 +58,7 @@ class Selection:
         return sum(max(0.0, beyond) for beyond in found.values())
 
     def _request(self, recipe: Recipe) -> SearchRequest:
-        few = self.judged.model_copy(update={"limit": self.judged.limit or _ROWS})
+        few = self.judged.model_copy(update={"sample": _ROWS})
         bare = recipe.model_copy(update={"evaluate": [few]})
         return SearchRequest(trained(bare, 0), self.goal, self.model, None, lambda _: None)
 

@@ -326,4 +326,5 @@ def evaluation_rows(
             check_end(source)
     for one, place in zip(asked, places, strict=True):
         check_metric(one.metric, source.task, place, source.model.config)
-    return [source_rows(source, one, one.data, base, one.target) for one in asked]
+    rows = [source_rows(source, one, one.data, base, one.target) for one in asked]
+    return [table.spread(one.sample) for table, one in zip(rows, asked, strict=True)]

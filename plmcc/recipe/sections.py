@@ -300,6 +300,9 @@ class Evaluate(Node):
     that say by 0 or 1 whether a row has the label of their name."""
     limit: PositiveInt | None = None
     """Use at most this many rows."""
+    sample: PositiveInt | None = None
+    """Use at most this many rows, evenly spaced over the data; `limit` takes the first ones, which
+    are no sample where rows are sorted."""
     num_beams: PositiveInt = 4
     """For `bleu` and `chrf`: width of the beam search; 1 is greedy."""
     max_new_tokens: PositiveInt = 128

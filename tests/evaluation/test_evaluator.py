@@ -182,3 +182,16 @@ def test_latency_sees_a_model_that_is_slower() -> None:
 
     slow.register_forward_hook(waste)
     assert measure(fast, slow, batches=(1,), length=8, seconds=1.0)[0].ratio > 1.1
+
+
+def test_a_sample_is_spread_over_sorted_rows(tmp_path: Path) -> None:
+    lines = [f"{i}\tw{i % 90} w1" for i in range(100)]
+    (tmp_path / "rows.tsv").write_text("\n".join(["label\ttext", "5\t", *lines]))
+    rows = load_rows(str(tmp_path / "rows.tsv"))
+    sample = rows.spread(10)
+    assert sample.numbers() == [float(i) for i in range(0, 100, 10)]
+    assert sample.place(1) == "line 13"  # a header, a row without text, and ten before it
+    assert sample.texts()[1] == rows.texts()[10]
+    assert len(rows.spread(7)) == 7
+    assert rows.spread(100) is rows
+    assert rows.spread(None) is rows

@@ -12,7 +12,9 @@ from typer.testing import CliRunner, Result
 
 import plmcc
 from plmcc.cli.app import app
+from plmcc.data.rows import Rows
 from plmcc.diagnostics import PlmccError
+from plmcc.evaluation.evaluator import Evaluator
 from plmcc.experiments import selection, trial
 from plmcc.experiments import shrink as engine
 from plmcc.experiments.candidates import candidates, shipped
@@ -236,6 +238,28 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     assert isinstance(done.exception, PlmccError)
     assert "100% of the text as unknown tokens" in done.exception.render()
     assert {file.name for file in tmp_path.iterdir()} == {"short.txt", "other.txt"}
+
+
+def test_trials_are_judged_by_a_sample_of_sorted_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (folder / "rows.tsv").read_text().splitlines()
+    (tmp_path / "sorted.tsv").write_text("\n".join([lines[0], *sorted(lines[1:])]))
+    seen: list[set[float]] = []
+    monkeypatch.setattr(selection, "_ROWS", 10)
+
+    real = Evaluator.compute
+
+    def compute(self: Evaluator, metric: str, rows: Rows) -> float:
+        seen.append(set(rows.numbers()) if len(rows) == 10 else set())
+        return real(self, metric, rows)
+
+    monkeypatch.setattr(Evaluator, "compute", compute)
+    data = ["--data", str(tmp_path / "sorted.tsv"), "--target", "drop<=100", "--effort", "quick"]
+    shrunk(folder, *data, "-o", str(tmp_path / "out"), model="classifier")
+    trials = [labels for labels in seen if labels]
+    assert len(trials) >= 3
+    assert all(labels == {0.0, 1.0} for labels in trials)
 
 
 def test_what_lies_beside_the_output_is_not_written_over(folder: Path, tmp_path: Path) -> None:
