@@ -43,6 +43,8 @@ FORMAT = 1
 _MOST_LAYERS = 10_000
 _NEW = 2**26
 """Parameters that a head may have which the weight files do not hold."""
+_COMPUTED = 2**22
+"""The same of a table of positions: some architectures compute theirs value by value."""
 
 
 class PlmccConfig(PreTrainedConfig):
@@ -350,6 +352,12 @@ def _check_size(model: PreTrainedModel, saved: dict[str, tuple[int, ...]]) -> No
             message = "the configuration describes a model much larger than the weight files"
             given = f"{asked:,} values, and {held:,} in the files"
             raise error("PLM402", message, "config.json", got=given)
+        for name, value in model.state_dict().items():
+            size, known = value.numel(), tuple(value.shape) in saved.values()
+            if "position" in name and size > _COMPUTED and not known:
+                message = f"the configuration asks for a {name} that the files do not hold"
+                given = " x ".join(map(str, value.shape))
+                raise error("PLM402", message, "config.json", got=given)
 
 
 def _check_removed(model: PreTrainedModel, saved: dict[str, tuple[int, ...]]) -> None:

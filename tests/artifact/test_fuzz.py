@@ -1,7 +1,7 @@
 """Artifacts whose config somebody has edited: refused in a sentence, or loaded; no hang, no large
 allocation.
 
-`PLMCC_FUZZ=100000 pytest tests/test_fuzz_artifact.py` tries more.
+`PLMCC_FUZZ=4000 PLMCC_FUZZ_SEED=1 pytest tests/artifact/test_fuzz.py` tries more, and others.
 """
 
 from __future__ import annotations
@@ -129,15 +129,19 @@ def test_edited_configs_load_or_are_refused(artifact: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["vocab_size", "encoder_layers", "d_model", "max_position_embeddings"]
+    ("name", "size"),
+    [
+        *((n, 10**9) for n in ("vocab_size", "encoder_layers", "d_model")),
+        *(("max_position_embeddings", n) for n in (10**6, 10**9)),
+    ],
 )
 def test_huge_sizes_are_refused_before_anything_is_allocated(
-    artifact: Path, tmp_path: Path, name: str
+    artifact: Path, tmp_path: Path, name: str, size: int
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(artifact, folder)
     config = json.loads((artifact / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {name: 10**9}))
+    (folder / "config.json").write_text(json.dumps(config | {name: size}))
     start = time.process_time()  # not of the clock: other processes may be busy
     with pytest.raises(PlmccError):
         plmcc.load(folder)
