@@ -63,6 +63,14 @@ _Recipes = Annotated[
         "--recipe", metavar="FILE", help="Choose from these recipes, not the shipped ones."
     ),
 ]
+_Runtime = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        help="What results are measured in: torch, or onnx (an int8 file in onnxruntime, written "
+        "to DIR.onnx); auto: onnx for encoders where the target has a limit of speed.",
+    ),
+]
 _Directory = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="DIR", help="Directory for the result."),
@@ -82,6 +90,7 @@ def shrink(
     target: _Target = "drop<=1",
     effort: _Effort = "normal",
     recipe: _Recipes = None,
+    runtime: _Runtime = "auto",
     output: _Directory = None,
     dry_run: _DryRun = False,
     overwrite: Overwrite = False,
@@ -92,7 +101,7 @@ def shrink(
     Recipes that fit the model are planned, some are tried, the best is trained and written. After
     an interruption, the same command continues.
     """
-    _check(model, text or [], data, effort, target, metric)
+    _check(model, text or [], data, effort, target, metric, runtime)
     judged = _evaluated(data, column, label)
     place = _place(output, model, dry_run, overwrite)
 
@@ -100,7 +109,7 @@ def shrink(
     from plmcc.utils.terminal import calm
 
     calm()
-    how: Any = (effort, recipe or [], _say)
+    how: Any = (effort, recipe or [], runtime, _say)
     asked = engine.Asked(model, text or [], target, judged, metric, *how)
     show = _table if printed is Format.text else _silent
     try:
@@ -163,13 +172,19 @@ def _evaluated(data: str | None, columns: list[str] | None, label: str | None) -
 
 
 def _check(
-    model: str, text: list[str], data: str | None, effort: str, target: str, metric: str | None
+    model: str,
+    text: list[str],
+    data: str | None,
+    effort: str,
+    target: str,
+    metric: str | None,
+    runtime: str,
 ) -> None:
     """Refuse what can be known before anything is imported."""
     from plmcc.experiments.goal import check_asked
 
     check_model(model)
-    check_asked(target, effort, metric)
+    check_asked(target, effort, metric, runtime)
     if not (text or data):
         message = "there is no text, and nothing to judge results by"
         raise error("PLM502", message, "--text", hint="add --text FILE, or --data FILE")
@@ -218,6 +233,9 @@ def _print(found: Shrunk, place: Path) -> None:
         return
     if found.result is not None:
         typer.echo(f"written: {place} (recipe.yaml in it makes it again)")
+        beside = place.with_name(f"{place.name}.onnx")
+        if found.runtime == "onnx":
+            typer.echo(f"written: {beside} (for servers of onnxruntime; measured)")
     typer.echo(f"{found.verdict}: {found.words}")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from plmcc.api import Pass
 from plmcc.artifact.size import component_bytes, parameter_count
 from plmcc.diagnostics import PlmccError
+from plmcc.experiments.served import unfit
 from plmcc.experiments.space import Space, plain, written
 from plmcc.models.source import Source
 from plmcc.pipeline.prepare import prepare, prepares, store
@@ -71,7 +72,11 @@ def shipped() -> list[Path]:
 
 
 def candidates(
-    source: Source, text: Sequence[str], recipes: Sequence[Path] = (), base: Path | None = None
+    source: Source,
+    text: Sequence[str],
+    recipes: Sequence[Path] = (),
+    base: Path | None = None,
+    served: bool = False,
 ) -> list[Candidate]:
     """Plan every recipe with all its values, from small to large; at the end those that cannot be
     used, once for each reason.
@@ -81,8 +86,10 @@ def candidates(
         text: the files of text; without any, recipes that need some cannot be used.
         recipes: their files; by default the shipped ones.
         base: the folder that relative paths may start at besides the current one.
+        served: sizes are of an int8 ONNX file, and recipes that make no difference there are
+            refused.
     """
-    outline = Outline(source, base)
+    outline = Outline(source, base, served)
     found: list[Candidate] = []
     refused: dict[tuple[str, str], Candidate] = {}
     for file in recipes or shipped():
@@ -96,7 +103,7 @@ def candidates(
 
 def _of_file(file: Path, outline: Outline, text: list[str]) -> Iterator[Candidate]:
     recipe = load_recipe(file)
-    reason = _unfit(recipe, outline.source, text)
+    reason = _unfit(recipe, outline.source, text) or (unfit(recipe) if outline.served else "")
     if reason:
         yield Candidate(recipe.name, {}, None, reason=reason)
         return
@@ -156,6 +163,8 @@ class Outline:
 
     source: Source
     base: Path | None = None
+    served: bool = False
+    """Whether it will be an int8 ONNX file."""
 
     @cached_property
     def _prepared(self) -> dict[str, tuple[Source, int]]:
@@ -178,7 +187,7 @@ class Outline:
         copied = replace(source, model=copy.deepcopy(source.model))
         if not stages:
             store(recipe, copied.model)
-            return _weights(copied) + beside, parameter_count(copied.model)
+            return self._size(_weights(copied), parameter_count(copied.model), beside)
         rest = Recipe(
             task=recipe.task, dtype=recipe.dtype, calibrate=recipe.calibrate, stages=stages
         )
@@ -187,7 +196,10 @@ class Outline:
             raise PlmccError(*made.problems)
         after = made.stages[-1].after
         assert after is not None
-        return after.bytes + beside, after.parameters
+        return self._size(after.bytes, after.parameters, beside)
+
+    def _size(self, weights: int, parameters: int, beside: int) -> tuple[int, int]:
+        return (parameters if self.served else weights) + beside, parameters
 
     def _after(self, early: list[Pass]) -> tuple[Source, int]:
         key = json.dumps([one.model_dump(mode="json") for one in early], sort_keys=True)

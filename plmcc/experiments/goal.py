@@ -33,20 +33,24 @@ _LIMIT = re.compile(
 
 EFFORTS = ("quick", "normal", "best")
 """How much `plmcc shrink` tries and trains."""
+RUNTIMES = ("auto", "torch", "onnx")
+"""Where its results may run."""
 
 
-def check_asked(target: str, effort: str, metric: str | None) -> None:
+def check_asked(target: str, effort: str, metric: str | None, runtime: str = "auto") -> None:
     """Check what `plmcc shrink` is asked for, before anything is looked at.
 
     Raises:
-        PlmccError: the target, the effort or the metric is none.
+        PlmccError: the target, the effort, the metric or the runtime is none.
     """
     if metric is not None:
         check_name(metric, "--metric")
     parse_goal(target, lower_is_better(metric or ""))
-    if effort not in EFFORTS:
-        allowed, hint = ", ".join(EFFORTS), did_you_mean(effort, EFFORTS)
-        raise error("PLM502", "unknown effort", "--effort", got=effort, allowed=allowed, hint=hint)
+    for name, got, known in (("effort", effort, EFFORTS), ("runtime", runtime, RUNTIMES)):
+        if got not in known:
+            allowed, hint = ", ".join(known), did_you_mean(got, known)
+            message = f"unknown {name}"
+            raise error("PLM502", message, f"--{name}", got=got, allowed=allowed, hint=hint)
 
 
 def lower_is_better(metric: str) -> bool:

@@ -27,6 +27,8 @@ Say = Callable[[str], None]
 TRIALS: dict[str, int] = {"quick": 7, "normal": 10, "best": 20}
 """How many candidates are tried, earlier calls included."""
 FILE = "trials.json"
+TRAINABLE = ("drop", "quality")
+"""Limits that training helps to keep."""
 _EPOCHS = 3
 """What the Trainer does where a recipe does not say how long it trains."""
 _ROWS = 1000
@@ -46,6 +48,8 @@ class Selection:
     usable: list[Candidate]
     """From small to large."""
     log: Say
+    deployed: Callable[[Source], dict[str, float]] | None = None
+    """Measures size and speed of a result as it will run."""
     known: dict[str, float] = field(default_factory=dict)
     """What was measured of the original."""
     done: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -54,8 +58,14 @@ class Selection:
 
     def excess(self, metrics: dict[str, float]) -> float:
         """Return by how much measured values are beyond the target, all limits added up."""
-        found = self.goal.excess(metrics, self.known)
-        return sum(max(0.0, beyond) for beyond in found.values())
+        return sum(self._beyond(metrics))
+
+    def _beyond(self, metrics: dict[str, float]) -> tuple[float, float]:
+        """The same, of limits that no training helps to keep (sizes, times), and of the others."""
+        sums = [0.0, 0.0]
+        for name, beyond in self.goal.excess(metrics, self.known).items():
+            sums[name in TRAINABLE] += max(0.0, beyond)
+        return sums[0], sums[1]
 
     def _request(self, recipe: Recipe) -> SearchRequest:
         few = self.judged.model_copy(update={"sample": _ROWS})
@@ -90,6 +100,11 @@ class Selection:
         families: dict[str, list[Candidate]] = {}
         for one in possible:
             families.setdefault(one.name, []).append(one)
+        if self.goal.asks("speed") or self.goal.asks("latency"):
+            fast = [self._largest_fast(family, source) for family in families.values()]
+            tried = [one for one in fast if one is not None]
+            tried = tried or [one for one in possible if one.key in self.done]
+            return min(tried, key=lambda one: (self._loss(one), one.size))
         tops = sorted((family[-1] for family in families.values()), key=lambda one: one.size)
         # The largest of all is the safest; then by bisection, as if good ones were the large ones.
         good = tops.pop() if self._good(tops[-1], source) else None
@@ -116,21 +131,39 @@ class Selection:
                 low = middle + 1
         return good
 
+    def _largest_fast(self, sorted_: list[Candidate], source: Source) -> Candidate | None:
+        """Return the largest that is fast enough, by bisection, as far as trials are left: the
+        larger it is, the slower and the better."""
+        low, high, fast = 0, len(sorted_) - 1, None
+        if not self._fast(sorted_[0], source):
+            return None
+        while low <= high:
+            middle = (low + high) // 2
+            if self._fast(sorted_[middle], source):
+                fast, low = sorted_[middle], middle + 1
+            else:
+                high = middle - 1
+        return fast
+
+    def _fast(self, one: Candidate, source: Source) -> bool:
+        return self._may(one) and self._loss(one, source)[0] <= 0
+
+    def _may(self, one: Candidate) -> bool:
+        """Whether a candidate has been tried, or may still be."""
+        return one.key in self.done or len(self.done) < TRIALS[self.effort]
+
     def _good(self, one: Candidate, source: Source) -> bool:
         """Whether a candidate reaches the target; where no trials are left, it does not."""
-        known = one.key in self.done
-        if not known and len(self.done) >= TRIALS[self.effort]:
-            return False
-        return self._loss(one, source) <= 0
+        return self._may(one) and self._loss(one, source) <= (0, 0)
 
     def _quality(self, one: Candidate) -> float:
         return self.done[one.key].get("quality", float("nan"))
 
-    def _loss(self, one: Candidate, source: Source | None = None) -> float:
+    def _loss(self, one: Candidate, source: Source | None = None) -> tuple[float, float]:
         if source is not None:
             self._try(one, source)
         found = self.done[one.key]
-        return self.excess(found) if found else float("inf")
+        return self._beyond(found) if found else (float("inf"), 0.0)
 
     def _try(self, one: Candidate, source: Source) -> None:
         if one.key in self.done:
@@ -139,12 +172,13 @@ class Selection:
         start = time.perf_counter()
         request = self._request(one.recipe)
         try:
-            found = run_trial(request, request.recipe, source, self.known)
+            found = run_trial(request, request.recipe, source, self.known, self.deployed)
         except PlmccError as problem:
             self.log(f"  {one.title}: {problem.diagnostics[0].message}")
             found = {}
         else:
-            found["size"] = float(one.size)
+            if self.deployed is None:
+                found["size"] = float(one.size)
             took = time.perf_counter() - start
             self.log(f"  {one.title}: {self.figures(found)}  [{took:.0f} s]")
         self.done[one.key] = found
@@ -165,6 +199,7 @@ class Selection:
         recipe = max(recipes, key=lambda one: len(named_data(one)))
         recipe = recipe.model_copy(update={"evaluate": [self.judged]})
         same = [base_digests(source), data_digests(recipe, None), self.goal.text]
+        same += [] if self.deployed is None else ["onnx"]
         self._digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
         file = self.work / FILE
         try:

@@ -28,6 +28,7 @@ from plmcc.evaluation.evaluator import check_metric
 from plmcc.experiments.candidates import Candidate, candidates, side_bytes
 from plmcc.experiments.goal import Goal, check_asked, lower_is_better, parse_goal
 from plmcc.experiments.selection import FILE, Selection, trained
+from plmcc.experiments.served import Runtime, Served, runtime_of
 from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.cache import folder_of
 from plmcc.pipeline.compiler import apply
@@ -68,6 +69,8 @@ class Asked:
     effort: Effort = "normal"
     recipes: Sequence[Path] = ()
     """Recipes to choose from; by default the shipped ones."""
+    runtime: Runtime = "auto"
+    """Where the result will run."""
     log: Say = lambda _: None
 
 
@@ -97,6 +100,8 @@ class Shrunk:
     measured: dict[str, float] = field(default_factory=dict)
     """The same of the result."""
     metric: str = ""
+    runtime: Runtime = "torch"
+    """Where it was measured."""
     candidates: list[Tried] = field(default_factory=list)
     chosen: str = ""
     recipe: Recipe | None = None
@@ -106,6 +111,7 @@ class Shrunk:
         """Return plain values."""
         values = {n: getattr(self, n) for n in ("verdict", "words", "original", "measured")}
         tried = [asdict(one) for one in self.candidates]
+        values["runtime"] = self.runtime
         return values | {"metric": self.metric, "chosen": self.chosen, "candidates": tried}
 
 
@@ -120,6 +126,7 @@ def shrink(
     metric: str | None = None,
     effort: Effort = "normal",
     recipes: Sequence[Path] = (),
+    runtime: Runtime = "auto",
     overwrite: bool = False,
     log: Say = lambda _: None,
 ) -> Shrunk:
@@ -136,6 +143,9 @@ def shrink(
         metric: what they are judged by; by default that of the task.
         effort: `quick` trains nothing, `normal` some hundred steps, `best` four times as many.
         recipes: files to choose from; by default the shipped recipes.
+        runtime: what size, speed and quality are measured in: `torch`, or `onnx` for int8 files in
+            onnxruntime, which are written to `OUTPUT.onnx`; `auto` is `onnx` for encoders where the
+            target has a limit of speed.
         overwrite: replace an existing directory.
         log: called with every line for the user.
 
@@ -147,7 +157,7 @@ def shrink(
     place = free(output_place(Path(output)), overwrite)
     with tempfile.TemporaryDirectory(prefix="plmcc-shrink-") as folder:
         name = _on_disk(model, tokenizer, Path(folder))
-        asked = Asked(name, texts, target, values, metric, effort, recipes, log)
+        asked = Asked(name, texts, target, values, metric, effort, recipes, runtime, log)
         return find(asked, place, overwrite=overwrite)
 
 
@@ -221,8 +231,12 @@ def _found(
     source = load_source(asked.model, meta=True)
     text, judged = _data(asked, source, work, dry_run)
     goal = parse_goal(asked.target, lower_is_better(judged.metric))
+    served = runtime_of(asked.runtime, goal, source) == "onnx"
+    if served:
+        asked.log("results are measured as int8 ONNX files, in onnxruntime with one thread")
+        free(_onnx_place(output), overwrite)
     asked.log("planning the candidates")
-    found = candidates(source, text, asked.recipes)
+    found = candidates(source, text, asked.recipes, served=served)
     table(found)
     listed = [
         Tried(one.title, one.size if one.recipe else None, reason=one.reason) for one in found
@@ -233,12 +247,19 @@ def _found(
         return Shrunk(None, words, metric=judged.metric, candidates=listed)
     before = sum(component_bytes(source.model).values()) + side_bytes(source)
     given = (asked.model, goal, judged, asked.effort, work, usable, asked.log)
-    return _Run(asked, goal, judged, Selection(*given), output, listed, before).carry_out(overwrite)
+    with tempfile.TemporaryDirectory(prefix="plmcc-shrink-") as folder:
+        form = Served(asked.model, Path(folder)) if served else None
+        trials = Selection(*given, form.trial if form else None)
+        return _Run(asked, goal, judged, trials, output, listed, before, form).carry_out(overwrite)
+
+
+def _onnx_place(output: Path) -> Path:
+    return output.with_name(f"{output.name}.onnx")
 
 
 def _check(asked: Asked) -> None:
     """Refuse what can be known before the model is looked at."""
-    check_asked(asked.target, asked.effort, asked.metric)
+    check_asked(asked.target, asked.effort, asked.metric, asked.runtime)
     for name in asked.text:
         matching_files(name, None)
     if is_vectors(Path(asked.model)):
@@ -330,6 +351,8 @@ class _Run:
     listed: list[Tried]
     before: int
     """Bytes of the original on disk."""
+    served: Served | None
+    """Where the result will be a file in onnxruntime."""
 
     @property
     def usable(self) -> list[Candidate]:
@@ -389,6 +412,10 @@ class _Run:
         self.trials.known |= {"quality": before}
         size = sum(result.bytes_after.values()) + side_bytes(result.source)
         measured = self.trials.done[chosen.key] | {"size": float(size), "quality": after}
+        if self.served is not None:
+            self.asked.log("exporting it, and measuring the file")
+            measured |= self.served.final(self.output, _onnx_place(self.output), recipe)
+            after = measured["quality"]
         measured["drop"] = sign * (after - before)
         good = self.trials.excess(measured) <= 0
         words = (
@@ -408,6 +435,8 @@ class _Run:
         before = {"size": float(self.before)} | {
             name: value for name, value in self.trials.known.items() if name == "quality"
         }
-        return Shrunk(verdict, words, before, metric=self.judged.metric, candidates=listed)
+        made = Shrunk(verdict, words, before, metric=self.judged.metric, candidates=listed)
+        made.runtime = "onnx" if self.served else "torch"
+        return made
 
     # --- what is kept for the next call

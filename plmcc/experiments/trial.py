@@ -88,7 +88,11 @@ def predict(asked: SearchRequest, recipe: Recipe) -> dict[str, float]:
 
 
 def run_trial(
-    asked: SearchRequest, recipe: Recipe, source: Source, known: Mapping[str, float]
+    asked: SearchRequest,
+    recipe: Recipe,
+    source: Source,
+    known: Mapping[str, float],
+    deployed: Callable[[Source], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Carry a recipe out in memory, and measure the result.
 
@@ -97,6 +101,8 @@ def run_trial(
         recipe: with the values of the trial.
         source: the original, which stays as it is.
         known: the figures of the original.
+        deployed: measures size and speed of the result as it will run, and may change it; by
+            default they are those of the model in PyTorch.
 
     Raises:
         PlmccError: the recipe does not fit the model, or its training fails.
@@ -108,6 +114,8 @@ def run_trial(
     quality = result.metrics[0]["after"]
     drop = (quality - known["quality"]) * (1 if lower_is_better(asked.metric) else -1)
     found = _sizes(result.model) | {"quality": quality, "drop": drop}
+    if deployed is not None:
+        return found | deployed(result.source)
     if asked.goal.asks("latency") or asked.goal.asks("speed"):
         compiled = recipe.lower is not None and "compile" in recipe.lower.to
         [row] = measure(source.model, result.model, (1,), compiled=compiled, seconds=_SECONDS)

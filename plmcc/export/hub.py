@@ -106,10 +106,11 @@ def export_hub(
     check_outside(target, Path(name))
     check_encoder(source.model, "onnx")
     with replace_directory(target, "config.json") as draft:
-        return _write(source, draft, precisions)
+        return write_hub(source, draft, precisions)
 
 
-def _write(source: Source, folder: Path, precisions: Sequence[str]) -> list[OnnxFile]:
+def write_hub(source: Source, folder: Path, precisions: Sequence[str]) -> list[OnnxFile]:
+    """Write an encoder into an empty directory; otherwise as `export_hub`. The model is changed."""
     model: Any = source.model
     model.to("cpu").float().eval()
     if model.config.get_text_config().model_type != model.config.model_type:

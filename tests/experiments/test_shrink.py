@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertForSequenceClassification, BertModel
+import torch
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner, Result
 
 import plmcc
@@ -15,9 +16,11 @@ from plmcc.cli.app import app
 from plmcc.data.rows import Rows
 from plmcc.diagnostics import PlmccError
 from plmcc.evaluation.evaluator import Evaluator
+from plmcc.evaluation.onnx_files import opened, running, speeds
 from plmcc.experiments import selection, trial
 from plmcc.experiments import shrink as engine
 from plmcc.experiments.candidates import candidates, shipped
+from plmcc.export.hub import export_hub
 from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import load_recipe, parse_recipe
 from support.tiny_models import tiny
@@ -364,3 +367,61 @@ def test_advice_shows_where_the_bytes_and_the_time_are(folder: Path) -> None:
     assert any(one["name"] == "vocabulary-int8" for one in values["candidates"])
     plain = CliRunner().invoke(app, given[:2])
     assert "next: plmcc shrink" in plain.stdout
+
+
+def test_with_a_limit_of_speed_an_onnx_file_is_measured_and_written(
+    folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    data = ["--data", str(folder / "rows.tsv"), "--effort", "quick"]
+    target = ["--target", "size<=1MB,speed>=0.01", "-o", str(tmp_path / "out")]
+    found = shrunk(folder, *data, *target, model="classifier")
+    assert (found["verdict"], found["runtime"]) == ("ACCEPT", "onnx")
+    export = tmp_path / "out.onnx"
+    files = [file for file in export.rglob("*") if file.is_file()]
+    assert found["measured"]["size"] == sum(file.stat().st_size for file in files)
+    assert found["measured"]["speed"] > 0
+    # The quality is that of the file, as anyone would compute it.
+    session = opened(export / "onnx/model_quantized.onnx")
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    rows = [line.split("\t") for line in (folder / "rows.tsv").read_text().splitlines()[1:]]
+    right = 0
+    for label, text in rows:
+        given = tokenizer([text], return_tensors="np", return_token_type_ids=True)
+        fed = {port.name: given[port.name] for port in session.get_inputs()}
+        right += int(session.run(["logits"], fed)[0].argmax()) == int(label)
+    assert found["measured"]["quality"] == pytest.approx(100 * right / len(rows))
+
+
+def test_a_model_runs_by_its_file(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    export_hub(str(folder / "bert"), tmp_path / "out", precisions=["fp32"])
+    source = load_source(folder / "bert")
+    texts = ["w1 w2 w3", "w4"]
+    served = running(source.model, tmp_path / "out/onnx/model.onnx")
+    one, two = (
+        Evaluator(model, source.need_tokenizer("this"), source.pooling).embed(texts)
+        for model in (source.model, served)
+    )
+    assert torch.allclose(one, two, atol=1e-5)
+    ratios = speeds(*[tmp_path / "out/onnx/model.onnx"] * 2, source.model, seconds=0.5)
+    assert all(0.2 < ratio < 5 for ratio in ratios.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--runtime", "tensorrt"], "auto, torch, onnx"),
+        (["--runtime", "onnx"], "only encoders of text do"),
+    ],
+)
+def test_a_runtime_that_cannot_be_is_refused(
+    folder: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    words().save_pretrained(tmp_path / "gpt2")
+    text = ["--text", str(folder / "text.txt"), "-o", str(tmp_path / "out")]
+    done = run(folder, *text, *arguments, model=str(tmp_path / "gpt2"))
+    assert done.exit_code != 0
+    assert said in str(done.exception)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,97 @@
+"""ONNX files in onnxruntime: their quality on data, and their time beside each other."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from plmcc.export.encoder import longest
+from plmcc.ir.probes import vocabulary_of
+
+SHAPES = ((1, 32), (32, 64))
+"""Batches and lengths that files are timed with."""
+_ROUNDS = 6
+_STATES = "token_embeddings"
+
+
+def opened(file: Path) -> Any:
+    """Return a session of one thread on the processor."""
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def running(model: PreTrainedModel, file: Path) -> PreTrainedModel:
+    """Return a model whose forward pass is a file.
+
+    Args:
+        model: what the file was exported from; it stays as it is.
+        file: an encoder's, with or without a head.
+    """
+    session = opened(file)
+    outputs = [port.name for port in session.get_outputs()]
+    inputs = [port.name for port in session.get_inputs()]
+
+    def forward(**given: object) -> ModelOutput:
+        fed = {name: value.numpy() for name, value in given.items() if isinstance(value, Tensor)}
+        fed.setdefault("token_type_ids", np.zeros_like(fed["input_ids"]))
+        values = session.run(outputs, {name: fed[name] for name in inputs})
+        found = dict(zip(outputs, map(torch.from_numpy, values), strict=True))
+        if _STATES in found:
+            found["last_hidden_state"] = found.pop(_STATES)
+        return ModelOutput(found)
+
+    copied = copy.copy(model)
+    copied.forward = forward
+    return copied
+
+
+def speeds(
+    original: Path, other: Path, model: PreTrainedModel, seconds: float = 3.0
+) -> dict[tuple[int, int], float]:
+    """Return by batch and length how many times as fast as the original a file is.
+
+    Args:
+        original: a file.
+        other: another file with the same inputs.
+        model: that of the file with fewer tokens.
+        seconds: about how long each batch is timed.
+    """
+    sessions = [opened(original), opened(other)]
+    most = longest(model) or SHAPES[-1][1]
+    shapes = dict.fromkeys((batch, min(length, most)) for batch, length in SHAPES)
+    return {shape: _ratio(sessions, model, *shape, seconds) for shape in shapes}
+
+
+def _ratio(
+    sessions: list[Any], model: PreTrainedModel, batch: int, length: int, seconds: float
+) -> float:
+    """The median over rounds; the order alternates."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary_of(model), (batch, length), generator=random)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    given["token_type_ids"] = torch.zeros_like(ids)
+    fed = [{port.name: given[port.name].numpy() for port in s.get_inputs()} for s in sessions]
+    for session, inputs in zip(sessions, fed, strict=True):
+        session.run(None, inputs)
+    ratios: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(ratios) < _ROUNDS:
+        took = [0.0, 0.0]
+        for which in (0, 1) if len(ratios) % 2 else (1, 0):
+            start = time.perf_counter()
+            sessions[which].run(None, fed[which])
+            took[which] = time.perf_counter() - start
+        ratios.append(took[0] / took[1])
+    return statistics.median(ratios)
