@@ -404,7 +404,8 @@ def test_a_model_runs_by_its_file(folder: Path, tmp_path: Path) -> None:
         for model in (source.model, served)
     )
     assert torch.allclose(one, two, atol=1e-5)
-    ratios = speeds(*[tmp_path / "out/onnx/model.onnx"] * 2, source.model, seconds=0.5)
+    file = tmp_path / "out/onnx/model.onnx"
+    ratios = speeds(file, file, source.model, seconds=0.5)
     assert all(0.2 < ratio < 5 for ratio in ratios.values())
 
 
