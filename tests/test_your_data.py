@@ -75,6 +75,7 @@ def test_every_task_with_labels_has_an_example() -> None:
     assert {one["task"] for one in recipes} == {
         "sentence-similarity",
         "text-classification",
+        "reranking",
         "token-classification",
         "question-answering",
         "translation",

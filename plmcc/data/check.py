@@ -18,7 +18,7 @@ from plmcc.data.chat import are_chats, messages_of
 from plmcc.data.rows import SYNTHETIC, Rows, data_files, load_rows
 from plmcc.diagnostics import Diagnostic, Location, PlmccError, error, listing
 from plmcc.recipe.load import Data, Evaluate, Recipe
-from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS, RELATIVE
+from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS, RANKING, RELATIVE
 from plmcc.utils.files import matching_files
 from plmcc.utils.text import first_line
 
@@ -202,7 +202,7 @@ def head_of(asked: str, name: str | None) -> Head:
     Raises:
         PlmccError: the directory of the model has a config.json that is no JSON.
     """
-    task = "" if asked == "auto" else asked
+    task = "" if asked == "auto" else classification.head_task(asked)
     file = Path(name or "") / "config.json"
     if name is None or not file.is_file():
         return Head(task)
@@ -242,6 +242,10 @@ def _check_labels(rows: Rows, head: Head, metric: str | None) -> None:
     judged &= metric not in (*RELATIVE, "perplexity", "bleu", "chrf")
     if judged and head.task == "sentence-similarity" and len(rows.text) != 2:
         message = f"{metric} of similarities needs two columns of text"
+        hint = "name the columns with `text:`"
+        raise error("PLM301", message, rows.source, got=listing(list(rows.text)), hint=hint)
+    if metric in RANKING and len(rows.text) != 2:
+        message = f"{metric} needs two columns of text: a query and a text"
         hint = "name the columns with `text:`"
         raise error("PLM301", message, rows.source, got=listing(list(rows.text)), hint=hint)
     if metric in ("bleu", "chrf") and len(rows.text) != 2:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 TASK = "text-classification"
+RERANKING = "reranking"
+"""A head with one number for a query and a text."""
 Kind = Literal["classes", "labels", "number"]
 """What a head predicts: one class, any number of labels, a number (regression)."""
 Names = Mapping[str, Any]
@@ -27,6 +29,11 @@ HEADS: dict[Kind, str] = {
 }
 _MULTI_LABEL, _REGRESSION = "multi_label_classification", "regression"
 _SEPARATORS = "|;,"
+
+
+def head_task(task: str) -> str:
+    """Return the task whose heads a task has: those of rerankers are heads of classifiers."""
+    return TASK if task == RERANKING else task
 
 
 def default_metric(task: str, config: Any) -> str:

@@ -82,13 +82,26 @@ class Rows:
     def __len__(self) -> int:
         return len(self.table)
 
-    def spread(self, count: int | None) -> Rows:
-        """Return so many rows, evenly spaced; all where there are not more."""
+    def spread(self, count: int | None, whole: bool = False) -> Rows:
+        """Return so many rows, evenly spaced; all where there are not more. `whole` keeps all rows
+        of a first text, and at least one of these."""
         if count is None or len(self) <= count:
             return self
         chosen = [index * len(self) // count for index in range(count)]
+        if whole:
+            groups = list(self.groups().values())
+            some = max(1, len(groups) * count // len(self))
+            picked = (groups[index * len(groups) // some] for index in range(some))
+            chosen = sorted(row for group in picked for row in group)
         kept = tuple(self.kept[index] for index in chosen) if self.kept else tuple(chosen)
         return replace(self, table=self.table.select(chosen), kept=kept)
+
+    def groups(self) -> dict[str, list[int]]:
+        """Return the places of the rows of each first text: of a query, those of its candidates."""
+        found: dict[str, list[int]] = {}
+        for row, text in enumerate(self.texts()):
+            found.setdefault(text, []).append(row)
+        return found
 
     def texts(self, column: int = 0) -> list[str]:
         """Return the texts of one of the text columns."""

@@ -24,13 +24,15 @@ from plmcc.data.tasks import WINDOWED, task_of
 from plmcc.data.windows import Inputs, by_length
 from plmcc.diagnostics import Location, error
 from plmcc.inference.batches import generated
-from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS
+from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS, RANKING
 from plmcc.utils.extras import library
 from plmcc.utils.numerics import by_rows, divergence
 
 _BATCH = 64
 _LOGITS = 2**27
 """Elements of the logits of a batch: half a gigabyte in float32."""
+_FIRST = 10
+"""Places that metrics of rankings look at."""
 _TRANSLATION = ("bleu", "chrf")
 _CLASSES: dict[str, Callable[[list[int], list[int]], float]] = {
     "accuracy": metrics.accuracy_score,
@@ -116,6 +118,8 @@ class Evaluator:
         check_metric(metric, self.task, config=self.model.config)
         if self.task in WINDOWED:
             return 100 * self._windowed(metric, rows)
+        if metric in RANKING:
+            return 100 * self._ranking(metric, rows)
         if metric == "mse":
             return float(metrics.mean_squared_error(rows.numbers(), self.judge(rows)))
         if metric in _CORRELATIONS:
@@ -234,19 +238,41 @@ class Evaluator:
             return _same(truths, found)
         return token_classification.entity_f1(truths, found, names)
 
-    def _correlation(self, measure: Callable[[object, object], Any], rows: Rows) -> float:
+    def _ranking(self, metric: str, rows: Rows) -> float:
+        """The mean over queries, each with at least one relevant text and one more: nDCG@10 with
+        linear gains (Järvelin and Kekäläinen 2002), or the reciprocal rank of the first relevant
+        text, 0 beyond the tenth place."""
+        _need_pairs(rows, metric, "a query and a text")
+        labels, scores = np.array(rows.numbers()), self._scores(rows).numpy()
+        found = []
+        for group in rows.groups().values():
+            truth, score = labels[group], scores[group]
+            if len(group) < 2 or not truth.max() > 0:
+                continue
+            if metric == "ndcg":
+                found.append(metrics.ndcg_score([truth], [score], k=_FIRST))
+            else:
+                best = score[truth > 0].max()
+                place = 1 + int((score[truth <= 0] >= best).sum())  # ties are no help
+                found.append(1 / place if place <= _FIRST else 0.0)
+        if not found:
+            message = "no query has a relevant text (a label above 0) and another one"
+            hint = "the first column of text holds the query, the second a text"
+            raise error("PLM302", message, rows.source, hint=hint)
+        return float(np.mean(found))
+
+    def _scores(self, rows: Rows) -> Tensor:
+        """How well the two texts of each row go together (N)."""
         if self.task == classification.TASK:
-            return float(measure(self.judge(rows).numpy(), rows.numbers())[0])
-        if len(rows.text) != 2:
-            raise error(
-                "PLM301",
-                "a correlation needs two columns of text",
-                rows.source,
-                hint="name the columns with `text:`",
-            )
+            return self.judge(rows)
         first, second = (self.embed(rows.texts(column)) for column in (0, 1))
+        return self.pooling.similarity(first, second)
+
+    def _correlation(self, measure: Callable[[object, object], Any], rows: Rows) -> float:
+        if self.task != classification.TASK:
+            _need_pairs(rows, "a correlation", "text")
         labels = rows.numbers()
-        return float(measure(self.pooling.similarity(first, second).numpy(), labels)[0])
+        return float(measure(self._scores(rows).numpy(), labels)[0])
 
     def _classification(
         self, measure: Callable[[list[int], list[int]], float], rows: Rows
@@ -388,6 +414,13 @@ class Evaluator:
         if logits is None:
             return self.pooling(last_states(output), batch["attention_mask"])
         return logits.argmax(-1)[real_BL]
+
+
+def _need_pairs(rows: Rows, what: str, of: str) -> None:
+    if len(rows.text) != 2:
+        message = f"{what} needs two columns of {of}" if of == "text" else f"{what} needs {of}"
+        hint = "name the columns with `text:`"
+        raise error("PLM301", message, rows.source, hint=hint)
 
 
 def _same(one: list[Any], two: list[Any]) -> float:

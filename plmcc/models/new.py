@@ -23,6 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from plmcc.data.classification import head_task
 from plmcc.data.rows import data_files, load_rows
 from plmcc.data.tasks import auto_class, task_of
 from plmcc.diagnostics import did_you_mean, error, listing
@@ -131,7 +132,7 @@ def _refused(recipe: Recipe, given: Values, problem: Exception) -> Exception:
 
 
 def _model(recipe: Recipe, config: PreTrainedConfig, meta: bool) -> tuple[PreTrainedModel, str]:
-    task: str = recipe.task
+    task = head_task(recipe.task)
     if task == "auto":
         if not config.is_encoder_decoder:
             message = "a new model needs a task, which determines its head"

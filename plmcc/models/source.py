@@ -23,6 +23,7 @@ from transformers import (
 
 from plmcc.artifact import format as artifact
 from plmcc.artifact.lock import digest
+from plmcc.data.classification import head_task
 from plmcc.data.pooling import MODULES, Pooling
 from plmcc.data.tasks import EMBEDDING, LABELED, auto_class, task_of
 from plmcc.diagnostics import PlmccError, error, listing
@@ -148,7 +149,7 @@ def load_source(
     config = _config(name)
     folder = folder or _snapshot(str(name))
     found = task_of(_architecture(config), folder)
-    chosen = found if task == "auto" else task
+    chosen = found if task == "auto" else head_task(task)
     options = head if head and found != chosen else {}
     kind = auto_class(chosen, config)
     notes: tuple[str, ...] = ()

@@ -22,12 +22,13 @@ from plmcc.ir.probes import positions_of
 from plmcc.models.source import Source, load_source
 from plmcc.pipeline.calibration import calibration_data
 from plmcc.recipe.load import Calibrate, Data, Evaluate, Recipe, Stage, Synthetic, Train
+from plmcc.recipe.metrics import RANKING
 from plmcc.training.distillation import Distillation
 from plmcc.training.loop import TrainingData, check_training_data
 from plmcc.training.sequences import with_teacher_targets
 from plmcc.utils.types import Values
 
-_OF_NUMBERS = ("spearman", "pearson", "mse")
+_OF_NUMBERS = ("spearman", "pearson", "mse", *RANKING)
 """Metrics by which text classification is regression."""
 
 
@@ -286,12 +287,13 @@ def source_rows(
 def infer_label_space(recipe: Recipe, base: Path | None) -> Values | None:
     """The number or names of classes that labeled training data shows, for a head that has to be
     made; values of the model's config."""
-    task: str = recipe.task
+    task = classification.head_task(recipe.task)
     if task == question_answering.TASK:
         return {"num_labels": 2}  # start and end
     if task not in ("text-classification", token_classification.TASK):
         return None
-    number = any(asked.metric in _OF_NUMBERS for asked in recipe.evaluate)
+    number = recipe.task == classification.RERANKING
+    number |= any(asked.metric in _OF_NUMBERS for asked in recipe.evaluate)
     for stage in recipe.steps():
         if stage.train and stage.train.data.train != SYNTHETIC:
             data = stage.train.data
@@ -327,4 +329,7 @@ def evaluation_rows(
     for one, place in zip(asked, places, strict=True):
         check_metric(one.metric, source.task, place, source.model.config)
     rows = [source_rows(source, one, one.data, base, one.target) for one in asked]
-    return [table.spread(one.sample) for table, one in zip(rows, asked, strict=True)]
+    return [
+        table.spread(one.sample, whole=one.metric in RANKING)
+        for table, one in zip(rows, asked, strict=True)
+    ]

@@ -10,13 +10,15 @@ from plmcc.diagnostics import did_you_mean, error
 # fmt: off
 Metric = Literal[
     "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "spearman", "pearson", "mse",
-    "perplexity", "fidelity", "kl_divergence", "bleu", "chrf", "exact_match",
+    "perplexity", "fidelity", "kl_divergence", "bleu", "chrf", "exact_match", "ndcg", "mrr",
 ]
 # fmt: on
-_SIMILARITY = ("spearman", "pearson", "fidelity")
+RANKING = ("ndcg", "mrr")
+"""Metrics of the order of texts for a query."""
+_SIMILARITY = ("spearman", "pearson", *RANKING, "fidelity")
 _LANGUAGE = ("perplexity", "fidelity", "kl_divergence", "spearman", "pearson")
 METRICS_OF_HEADS: dict[str, tuple[str, ...]] = {
-    "number": ("spearman", "pearson", "mse", "fidelity"),
+    "number": ("spearman", "pearson", "mse", *RANKING, "fidelity"),
     "labels": ("f1", "f1_micro", "f1_macro", "accuracy", "fidelity", "kl_divergence"),
     "classes": (
         "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "fidelity", "kl_divergence",
@@ -29,6 +31,7 @@ METRICS_OF_TASKS: dict[str, tuple[str, ...]] = {
     "text-classification": tuple(
         dict.fromkeys(name for names in METRICS_OF_HEADS.values() for name in names)
     ),
+    "reranking": (*RANKING, "spearman", "pearson", "mse", "fidelity"),
     "fill-mask": _LANGUAGE,
     "text-generation": _LANGUAGE,
     "translation": ("bleu", "chrf", "perplexity", "fidelity", "kl_divergence"),
@@ -39,6 +42,7 @@ DEFAULT_METRICS = {
     "sentence-similarity": "spearman",
     "feature-extraction": "spearman",
     "text-classification": "accuracy",
+    "reranking": "ndcg",
     "fill-mask": "perplexity",
     "text-generation": "perplexity",
     "translation": "bleu",

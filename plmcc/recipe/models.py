@@ -19,7 +19,7 @@ from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import Location, listing
 from plmcc.pass_base import Pass
 from plmcc.recipe.document import Document, Steps
-from plmcc.recipe.metrics import METRICS_OF_TASKS
+from plmcc.recipe.metrics import METRICS_OF_TASKS, RANKING
 from plmcc.recipe.search_space import Search
 from plmcc.recipe.sections import (
     Calibrate,
@@ -154,9 +154,11 @@ class Recipe(Node):
                 message = f"{asked.metric} is not a metric of {self.task}"
                 at, hint = ("evaluate", index, "metric"), f"choose {listing(list(known))}"
                 raise invalid("PLM303", message, *at, hint=hint)
-            pairs = self.task == "sentence-similarity" and asked.metric in ("spearman", "pearson")
+            similar = self.task == "sentence-similarity" and asked.metric in ("spearman", "pearson")
+            pairs = similar or asked.metric in RANKING
             if pairs and (isinstance(asked.text, str) or len(asked.text or "ab") == 1):
-                message = f"{asked.metric} of similarities needs two columns of text"
+                of = " of similarities" if similar else ""
+                message = f"{asked.metric}{of} needs two columns of text"
                 hint = "write `text: [COLUMN, COLUMN]`"
                 raise invalid("PLM303", message, "evaluate", index, "text", hint=hint)
         return self

@@ -31,7 +31,7 @@ else:
 # fmt: off
 Task = Literal[
     "auto", "sentence-similarity", "feature-extraction", "text-classification", "fill-mask",
-    "text-generation", "translation", "question-answering", "token-classification",
+    "text-generation", "translation", "question-answering", "token-classification", "reranking",
 ]
 # fmt: on
 Weight = Annotated[float, Field(ge=0)]
