@@ -192,7 +192,8 @@ class Bench:
         return made
 
     def row(self, system: str, folder: Path, file: Path, **more: object) -> dict[str, object]:
-        found = speeds(self.whole, file, load_source(self.model).model, 10)
+        few = AutoTokenizer.from_pretrained(folder).vocab_size  # ids that both know
+        found = speeds(self.whole, file, load_source(self.model).model, 10, few)
         return {
             "system": system,
             "seed": self.seed,

@@ -101,10 +101,18 @@ _Models = Annotated[
         help="A model, or an original and its compressed result: directories or hub ids.",
     ),
 ]
-_Data = Annotated[list[str], typer.Option("--data", help="Labeled data; repeatable.")]
+_Data = Annotated[list[str] | None, typer.Option("--data", help="Labeled data; repeatable.")]
 _Metrics = Annotated[
     list[str] | None,
-    typer.Option("--metric", help="A metric; repeatable. By default that of the task."),
+    typer.Option(
+        "--metric",
+        help="A metric; repeatable. By default that of the task. mteb:TASK and lm_eval:TASK are "
+        "those of these libraries, and need no --data.",
+    ),
+]
+_Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="DIR", help="Definitions of further tasks of lm_eval."),
 ]
 _Texts = Annotated[
     list[str] | None,
@@ -124,7 +132,7 @@ _Beams = Annotated[int, typer.Option(min=1, help="For bleu and chrf: width of th
 
 def evaluate(
     models: _Models,
-    data: _Data,
+    data: _Data = None,
     metric: _Metrics = None,
     text: _Texts = None,
     label: _Labels = None,
@@ -132,13 +140,14 @@ def evaluate(
     task: _Task = "auto",
     limit: _Limit = None,
     num_beams: _Beams = 4,
+    tasks: _Tasks = None,
     output: Output = Format.text,
 ) -> None:
     """Score a model on labeled data, or an original and its result side by side."""
-    _check_evaluation(models, data, metric or [], task, text)
+    _check_evaluation(models, data or [], metric or [], task, text)
     given: dict[str, object] = {"text": _one_or_more(text), "label": _one_or_more(label)}
     given |= {"limit": limit, "target": target}
-    asked = functools.partial(_asked, metric or [], data, given, num_beams)
+    asked = functools.partial(_asked, metric or [], data or [], given, num_beams, tasks)
     try:
         chosen, values = _scores(models, task, asked)
     except PlmccError as problem:
@@ -188,6 +197,7 @@ def _asked(
     data: list[str],
     given: dict[str, object],
     num_beams: int,
+    tasks: str | None,
     task: str,
     config: Any,
 ) -> list[Evaluate]:
@@ -197,6 +207,7 @@ def _asked(
 
     from plmcc.data.classification import default_metric
     from plmcc.recipe.load import Evaluate
+    from plmcc.recipe.metrics import library_of
 
     usual = default_metric(task, config)
     columns = {name: value for name, value in given.items() if value is not None}
@@ -204,9 +215,12 @@ def _asked(
     for name in metrics or [usual]:
         beams = {"num_beams": num_beams} if name in ("bleu", "chrf") else {}
         values = {"metric": name, **columns, **beams}
-        for file in data:
+        if library_of(name):
+            values = {"metric": name} | {n: v for n, v in columns.items() if n == "limit"}
+            values |= {"tasks": tasks} if tasks else {}
+        for file in [""] if library_of(name) else data:
             try:
-                found.append(Evaluate.model_validate({**values, "data": file}))
+                found.append(Evaluate.model_validate(values | ({"data": file} if file else {})))
             except ValidationError as problem:
                 first = problem.errors()[0]
                 place = f"--{first['loc'][0]}" if first["loc"] else "--metric"
@@ -222,7 +236,7 @@ def _check_evaluation(
     models: list[str], data: list[str], metrics: list[str], task: str, texts: list[str] | None
 ) -> None:
     """Refuse what can be known before anything is imported."""
-    from plmcc.recipe.metrics import METRICS_OF_TASKS, RELATIVE, Metric, check_name
+    from plmcc.recipe.metrics import METRICS_OF_TASKS, RELATIVE, Metric, check_name, library_of
     from plmcc.utils.files import matching_files
 
     if len(texts or ()) > 2:
@@ -242,6 +256,8 @@ def _check_evaluation(
             message = f"`{name}` compares two models, and one was given"
             hint = "name the original first, then its result"
             raise error("PLM502", message, "--metric", got=name, hint=hint)
+    if not data and not (metrics and all(map(library_of, metrics))):
+        raise error("PLM502", "there is no data", "--data", hint="add --data FILE")
     for file in data:
         if not file.startswith("hub:"):
             matching_files(file, None)
@@ -250,7 +266,7 @@ def _check_evaluation(
 def _print_scores(models: list[str], asked: list[Evaluate], values: list[list[float]]) -> None:
     from rich.table import Table
 
-    from plmcc.recipe.metrics import LOWER_IS_BETTER
+    from plmcc.recipe.metrics import lower_is_better
     from plmcc.report.words import dataset_names, number, signed
     from plmcc.utils.terminal import console
 
@@ -263,5 +279,5 @@ def _print_scores(models: list[str], asked: list[Evaluate], values: list[list[fl
         change = [signed(row[1] - row[0])] if len(row) == 2 else []
         table.add_row(one.metric, file, *map(number, row), *change)
     console().print(table)
-    for name in sorted({one.metric for one in asked if one.metric in LOWER_IS_BETTER}):
+    for name in sorted({one.metric for one in asked if lower_is_better(one.metric)}):
         typer.echo(f"{name}: lower is better")

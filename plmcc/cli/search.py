@@ -67,7 +67,8 @@ def search(
     The same command continues a search that was interrupted. Of the trials that reach the target,
     the smallest is chosen if the target limits the quality, otherwise the best.
     """
-    from plmcc.experiments.goal import lower_is_better, parse_goal
+    from plmcc.experiments.goal import parse_goal
+    from plmcc.recipe.metrics import lower_is_better
 
     checked = check_recipe(recipe, overrides)
     _check_recipe(checked.recipe, model)

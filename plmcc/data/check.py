@@ -18,7 +18,14 @@ from plmcc.data.chat import are_chats, messages_of
 from plmcc.data.rows import SYNTHETIC, Rows, data_files, load_rows
 from plmcc.diagnostics import Diagnostic, Location, PlmccError, error, listing
 from plmcc.recipe.load import Data, Evaluate, Recipe
-from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS, RANKING, RELATIVE
+from plmcc.recipe.metrics import (
+    METRICS_OF_HEADS,
+    METRICS_OF_TASKS,
+    RANKING,
+    RELATIVE,
+    is_of,
+    library_of,
+)
 from plmcc.utils.files import matching_files
 from plmcc.utils.text import first_line
 
@@ -140,7 +147,8 @@ def check_evaluation(asked: Sequence[Evaluate], model: str, task: str = "auto") 
     head = head_of(task, model)
     for one in asked if head.task else ():
         check_metric_of(one.metric, head, "--metric")
-        _rows(head, one, one.data, None, one.target, False)
+        if one.data:
+            _rows(head, one, one.data, None, one.target, False)
 
 
 @contextmanager
@@ -184,7 +192,8 @@ def _sections(
         asked = recipe.calibrate.as_data()
         yield asked, asked.train, asked.target
     for metric in recipe.evaluate:
-        yield metric, metric.data, metric.target
+        if metric.data:
+            yield metric, metric.data, metric.target
 
 
 def _is_elsewhere(files: str | list[str]) -> bool:
@@ -290,6 +299,8 @@ def check_metric_of(metric: str, head: Head, place: Location | str) -> None:
     if head.task == classification.TASK and head.has_own:
         kind = classification.kind_of(head)  # type: ignore[arg-type]
         allowed, of = METRICS_OF_HEADS[kind], classification.HEADS[kind]
+    if head.task and library_of(metric) and is_of(metric, head.task):
+        return
     if metric not in allowed:
         message = f"{metric} is not a metric of {of}"
         raise error("PLM303", message, place, got=metric, allowed=", ".join(allowed))

@@ -58,28 +58,32 @@ def running(model: PreTrainedModel, file: Path) -> PreTrainedModel:
 
 
 def speeds(
-    original: Path, other: Path, model: PreTrainedModel, seconds: float = 3.0
+    original: Path,
+    other: Path,
+    model: PreTrainedModel,
+    seconds: float = 3.0,
+    tokens: int | None = None,
 ) -> dict[tuple[int, int], float]:
     """Return by batch and length how many times as fast as the original a file is.
 
     Args:
         original: a file.
         other: another file with the same inputs.
-        model: that of the file with fewer tokens.
+        model: that of one of the files.
         seconds: about how long each batch is timed.
+        tokens: how many token ids both files know; by default those of the model.
     """
+    known = tokens or vocabulary_of(model)
     sessions = [opened(original), opened(other)]
     most = longest(model) or SHAPES[-1][1]
     shapes = dict.fromkeys((batch, min(length, most)) for batch, length in SHAPES)
-    return {shape: _ratio(sessions, model, *shape, seconds) for shape in shapes}
+    return {shape: _ratio(sessions, known, *shape, seconds) for shape in shapes}
 
 
-def _ratio(
-    sessions: list[Any], model: PreTrainedModel, batch: int, length: int, seconds: float
-) -> float:
+def _ratio(sessions: list[Any], tokens: int, batch: int, length: int, seconds: float) -> float:
     """The median over rounds; the order alternates."""
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary_of(model), (batch, length), generator=random)
+    ids = torch.randint(0, tokens, (batch, length), generator=random)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     given["token_type_ids"] = torch.zeros_like(ids)
     fed = [{port.name: given[port.name].numpy() for port in s.get_inputs()} for s in sessions]

@@ -26,13 +26,13 @@ from plmcc.data.tasks import EMBEDDING
 from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluation.evaluator import Evaluator, check_metric
 from plmcc.experiments.baselines import Baseline, baselines
-from plmcc.experiments.goal import lower_is_better
 from plmcc.ir.program import Program
 from plmcc.kit.tables import common_layout, table_of
 from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.datasets import infer_label_space, source_rows, training_data_of, with_teacher
 from plmcc.pipeline.run import run
 from plmcc.recipe.load import Data, Evaluate, Recipe
+from plmcc.recipe.metrics import lower_is_better
 from plmcc.rewrite import splice
 from plmcc.training.loop import train
 from plmcc.utils.types import Values

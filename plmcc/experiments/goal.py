@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from plmcc.diagnostics import Location, PlmccError, did_you_mean, error
-from plmcc.recipe.metrics import LOWER_IS_BETTER, check_name
+from plmcc.recipe.metrics import check_name, lower_is_better
 
 _BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _UNITS: dict[str, dict[str, float]] = {
@@ -51,11 +51,6 @@ def check_asked(target: str, effort: str, metric: str | None, runtime: str = "au
             allowed, hint = ", ".join(known), did_you_mean(got, known)
             message = f"unknown {name}"
             raise error("PLM502", message, f"--{name}", got=got, allowed=allowed, hint=hint)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Say which way a metric goes."""
-    return metric in LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)

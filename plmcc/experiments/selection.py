@@ -15,10 +15,11 @@ from pathlib import Path
 
 from plmcc.diagnostics import PlmccError
 from plmcc.experiments.candidates import Candidate
-from plmcc.experiments.goal import Goal, lower_is_better
+from plmcc.experiments.goal import Goal
 from plmcc.experiments.trial import SearchRequest, original, run_trial
 from plmcc.models.source import Source
 from plmcc.recipe.load import Evaluate, Recipe, Train
+from plmcc.recipe.metrics import lower_is_better
 from plmcc.report.provenance import base_digests, data_digests, named_data
 from plmcc.report.words import megabytes, number
 from plmcc.utils.files import write_json

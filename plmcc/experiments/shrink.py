@@ -26,14 +26,14 @@ from plmcc.data.tasks import LANGUAGE
 from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluation.evaluator import check_metric
 from plmcc.experiments.candidates import Candidate, candidates, side_bytes
-from plmcc.experiments.goal import Goal, check_asked, lower_is_better, parse_goal
+from plmcc.experiments.goal import Goal, check_asked, parse_goal
 from plmcc.experiments.selection import FILE, Selection, trained
 from plmcc.experiments.served import Runtime, Served, runtime_of
 from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.cache import folder_of
 from plmcc.pipeline.compiler import apply
 from plmcc.recipe.load import Evaluate, Recipe
-from plmcc.recipe.metrics import RELATIVE
+from plmcc.recipe.metrics import RELATIVE, lower_is_better
 from plmcc.report.result import Result
 from plmcc.report.words import megabytes
 from plmcc.utils.files import check_outside, free, matching_files, output_place

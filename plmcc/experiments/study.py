@@ -26,11 +26,11 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from plmcc.diagnostics import PlmccError, error
 from plmcc.experiments.compare import unbeaten
-from plmcc.experiments.goal import lower_is_better
 from plmcc.experiments.space import Space, plain, written
 from plmcc.experiments.trial import SearchRequest, predict, run_trial
 from plmcc.models.source import Source
 from plmcc.recipe.load import varied
+from plmcc.recipe.metrics import lower_is_better
 from plmcc.report.provenance import base_digests, data_digests
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values

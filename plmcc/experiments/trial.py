@@ -15,7 +15,7 @@ from plmcc.catalog import registry as catalog
 from plmcc.data.rows import data_files
 from plmcc.diagnostics import PlmccError
 from plmcc.evaluation.latency import measure
-from plmcc.experiments.goal import Goal, lower_is_better
+from plmcc.experiments.goal import Goal
 from plmcc.models.source import Source
 from plmcc.pipeline.compiler import source_of
 from plmcc.pipeline.judge import Judge
@@ -23,6 +23,7 @@ from plmcc.pipeline.prepare import prepares
 from plmcc.pipeline.run import run
 from plmcc.planning.plan import plan
 from plmcc.recipe.load import Lower, Recipe
+from plmcc.recipe.metrics import lower_is_better
 from plmcc.report.provenance import named_data
 
 Say = Callable[[str], None]

@@ -17,12 +17,13 @@ from plmcc.data.rows import SYNTHETIC, Rows, synthetic_rows
 from plmcc.data.token_classification import named_labels
 from plmcc.diagnostics import Location, error
 from plmcc.evaluation.evaluator import check_metric
+from plmcc.evaluation.libraries import check_task
 from plmcc.ir.calibration import CalibrationData
 from plmcc.ir.probes import positions_of
 from plmcc.models.source import Source, load_source
 from plmcc.pipeline.calibration import calibration_data
 from plmcc.recipe.load import Calibrate, Data, Evaluate, Recipe, Stage, Synthetic, Train
-from plmcc.recipe.metrics import RANKING
+from plmcc.recipe.metrics import RANKING, library_of
 from plmcc.training.distillation import Distillation
 from plmcc.training.loop import TrainingData, check_training_data
 from plmcc.training.sequences import with_teacher_targets
@@ -312,8 +313,9 @@ def evaluation_rows(
     source: Source,
     base: Path | None,
     places: Sequence[Location | str],
-) -> list[Rows]:
+) -> list[Rows | None]:
     """Read the rows of every metric; wrong data is an error here, before anything is fitted.
+    Libraries have their own rows: None.
 
     Args:
         asked: the metrics.
@@ -328,8 +330,13 @@ def evaluation_rows(
             check_end(source)
     for one, place in zip(asked, places, strict=True):
         check_metric(one.metric, source.task, place, source.model.config)
-    rows = [source_rows(source, one, one.data, base, one.target) for one in asked]
-    return [
-        table.spread(one.sample, whole=one.metric in RANKING)
-        for table, one in zip(rows, asked, strict=True)
-    ]
+        if library_of(one.metric):
+            check_task(one.metric, one.tasks, place)
+    return [_rows_of(one, source, base) for one in asked]
+
+
+def _rows_of(asked: Evaluate, source: Source, base: Path | None) -> Rows | None:
+    if library_of(asked.metric):
+        return None
+    rows = source_rows(source, asked, asked.data, base, asked.target)
+    return rows.spread(asked.sample, whole=asked.metric in RANKING)

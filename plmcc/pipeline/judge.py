@@ -15,10 +15,11 @@ from plmcc.data.tasks import LANGUAGE
 from plmcc.diagnostics import error, listing
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.evaluation.latency import Latency, measure
+from plmcc.evaluation.libraries import lm_eval_score, mteb_score
 from plmcc.models.source import Source, load_source
 from plmcc.pipeline.datasets import evaluation_rows
 from plmcc.recipe.load import Evaluate, Recipe
-from plmcc.recipe.metrics import RELATIVE
+from plmcc.recipe.metrics import RELATIVE, library_of
 from plmcc.report.result import Log
 
 _MISSED = 0.05
@@ -31,7 +32,7 @@ class Judge:
     """The metrics that a recipe asks for, with the rows of each."""
 
     recipe: Recipe
-    rows: list[Rows]
+    rows: list[Rows | None]
 
     @classmethod
     def of(cls, recipe: Recipe, source: Source, base: Path | None) -> Judge:
@@ -79,7 +80,7 @@ def missed_speeds(recipe: Recipe, original: PreTrainedModel, model: PreTrainedMo
 
 def scores(
     asked: Sequence[Evaluate],
-    rows: Sequence[Rows],
+    rows: Sequence[Rows | None],
     source: Source,
     original: Source | None,
 ) -> list[float]:
@@ -92,7 +93,14 @@ def scores(
         search = (one.num_beams, one.max_new_tokens)
         theirs = (original.model, original.tokenizer) if original else (None, None)
         given = (source.model, tokenizer, source.pooling, theirs[0], length, *search, theirs[1])
-        found.append(Evaluator(*given).compute(one.metric, table))
+        evaluator = Evaluator(*given)
+        if table is not None:
+            found.append(evaluator.compute(one.metric, table))
+        elif library_of(one.metric) == "mteb":
+            found.append(mteb_score(one.metric, evaluator.embed, source.pooling))
+        else:
+            wanted = (one.tasks, one.limit)
+            found.append(lm_eval_score(one.metric, source.model, tokenizer, *wanted))
     return found
 
 

@@ -50,9 +50,33 @@ DEFAULT_METRICS = {
     "token-classification": "f1",
 }
 """What a task is judged by unless something else is asked for."""
+LIBRARIES = {
+    "mteb": ("sentence-similarity", "feature-extraction"),
+    "lm_eval": ("text-generation",),
+}
+"""Libraries whose tasks are metrics, as `lm_eval:hellaswag`, and the tasks of models for which."""
 RELATIVE = ("fidelity", "kl_divergence")
 """Metrics that compare with the original model, and need no labels."""
-LOWER_IS_BETTER = ("perplexity", "kl_divergence", "mse")
+_LOWER = ("perplexity", "kl_divergence", "mse", "bits_per_byte", "brier_score")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Say which way a metric goes; of a library, by the name behind the last slash."""
+    name = metric.rpartition("/")[2]
+    return name in _LOWER or (library_of(metric) != "" and name.endswith("_perplexity"))
+
+
+def library_of(metric: str) -> str:
+    """Return the library whose task a metric is; empty where it is one of plmcc."""
+    name, colon, _ = metric.partition(":")
+    return name if colon else ""
+
+
+def is_of(metric: str, task: str) -> bool:
+    """Say whether a metric is one of a task's."""
+    allowed = METRICS_OF_TASKS[task]
+    library = library_of(metric)
+    return task in LIBRARIES.get(library, ()) if library else metric in allowed
 
 
 def check_name(
@@ -69,7 +93,7 @@ def check_name(
     Raises:
         PlmccError: it is none of these.
     """
-    if metric not in known:
+    if metric not in known and library_of(metric) not in LIBRARIES:
         allowed, hint = ", ".join(known), did_you_mean(metric, known)
         message = message or "unknown metric"
         raise error("PLM502", message, place, got=metric, allowed=allowed, hint=hint)

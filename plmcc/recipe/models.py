@@ -19,7 +19,7 @@ from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import Location, listing
 from plmcc.pass_base import Pass
 from plmcc.recipe.document import Document, Steps
-from plmcc.recipe.metrics import METRICS_OF_TASKS, RANKING
+from plmcc.recipe.metrics import METRICS_OF_TASKS, RANKING, is_of
 from plmcc.recipe.search_space import Search
 from plmcc.recipe.sections import (
     Calibrate,
@@ -150,7 +150,7 @@ class Recipe(Node):
             return self
         known = METRICS_OF_TASKS[self.task]
         for index, asked in enumerate(self.evaluate):
-            if asked.metric not in known:
+            if not is_of(asked.metric, self.task):
                 message = f"{asked.metric} is not a metric of {self.task}"
                 at, hint = ("evaluate", index, "metric"), f"choose {listing(list(known))}"
                 raise invalid("PLM303", message, *at, hint=hint)

@@ -20,7 +20,7 @@ from pydantic import (
 
 from plmcc.pass_base import invalid as invalid
 from plmcc.recipe import training_arguments
-from plmcc.recipe.metrics import Metric
+from plmcc.recipe.metrics import Metric, library_of
 from plmcc.utils.types import Values
 
 if TYPE_CHECKING:
@@ -283,14 +283,17 @@ class Train(Node):
 class Evaluate(Node):
     """One metric of the report."""
 
-    metric: Metric
+    metric: Metric | Annotated[str, Field(pattern=r"^(mteb|lm_eval):[\w./-]+$")]
     """What is computed; `fidelity` and `kl_divergence` compare with the original model. `f1` counts
     words of answers (question answering, like `exact_match`), entities (token classification),
     classes (of two the second, of more the mean), or labels (micro). `spearman`, `pearson` and
     `mse` are of similarities or of a head that predicts a number. `bleu`, `chrf` and entities need
-    the extra `eval`."""
-    data: Source
-    """A file, a glob or `hub:name[/config][@split]`."""
+    the extra `eval`. `mteb:TASK` and `lm_eval:TASK` are scores of these libraries, with their own
+    datasets; `lm_eval:TASK/METRIC` names one of the task's metrics."""
+    data: Source = ""
+    """A file, a glob or `hub:name[/config][@split]`. Scores of libraries have none."""
+    tasks: Text | None = None
+    """For `lm_eval`: a folder with definitions of further tasks."""
     target: Source | None = None
     """The translations of `data` where they are a file of their own, line by line."""
     text: Text | Annotated[list[Text], Field(min_length=1)] | None = None
@@ -307,6 +310,19 @@ class Evaluate(Node):
     """For `bleu` and `chrf`: width of the beam search; 1 is greedy."""
     max_new_tokens: PositiveInt = 128
     """For `bleu` and `chrf`: longest translation."""
+
+    @model_validator(mode="after")
+    def _data_fits_the_metric(self) -> Evaluate:
+        library = library_of(self.metric)
+        if not (library or self.data):
+            raise invalid("PLM102", "`data` is missing", hint="add `data: FILE`")
+        useless = ["data", "target", "text", "label", "sample"] if library else ["tasks"]
+        useless += ["limit", "tasks"] if library == "mteb" else []
+        for name in useless:
+            if getattr(self, name):
+                message = f"`{name}` has no effect on {self.metric}"
+                raise invalid("PLM108", message, name, hint="remove it")
+        return self
 
     @model_validator(mode="after")
     def _search_is_used(self) -> Evaluate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from plmcc.recipe.metrics import LOWER_IS_BETTER
+from plmcc.recipe.metrics import lower_is_better
 from plmcc.report.words import dataset_names, number, signed, times
 
 _OWN_ROW = 3
@@ -52,7 +52,7 @@ class Measured(NamedTuple):
     def loss(self) -> float:
         """How much worse than before it is."""
         difference = 0.0 if self.before is None else self.before - self.after
-        return -difference if self.metric in LOWER_IS_BETTER else difference
+        return -difference if lower_is_better(self.metric) else difference
 
 
 class Speed(NamedTuple):

@@ -233,6 +233,9 @@ def _short_data(
 
 
 def _there(figure: Evaluate, base: Path | None, notes: list[str]) -> bool:
+    if not figure.data:
+        notes.append(f"`{figure.metric}` is left out")
+        return False
     found = random_text.exists(figure.data, figure.target, base=base)
     if not found:
         notes.append(f"{figure.data}: not there; `{figure.metric}` is left out")
