@@ -185,7 +185,7 @@ def _check(
 
     check_model(model)
     check_asked(target, effort, metric, runtime)
-    if not (text or data):
+    if not (text or data or Path(model).is_file()):  # a file is one of word vectors
         message = "there is no text, and nothing to judge results by"
         raise error("PLM502", message, "--text", hint="add --text FILE, or --data FILE")
     for name in [*text, *([data] if data and not data.startswith("hub:") else [])]:

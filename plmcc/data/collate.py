@@ -45,7 +45,8 @@ def collator(
         return Masking(tokenizer, seed)
     if task == "text-generation":
         return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    pad = transformers.DataCollatorWithPadding(tokenizer)
+    bare = tokenizer.pad_token is None  # words of vectors have no special tokens
+    pad = _pad_bare if bare else transformers.DataCollatorWithPadding(tokenizer)
     return lambda rows: _pad_pairs(rows, pad)
 
 
@@ -117,6 +118,16 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
 
 def _stack(rows: list[Values]) -> dict[str, Tensor]:
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def _pad_bare(rows: list[Values]) -> dict[str, Tensor]:
+    """Any token pads: the mask says that it does not count."""
+    ids = [list(row["input_ids"]) for row in rows]
+    masks = [[1] * len(row) for row in ids]
+    labels = (
+        {"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {}
+    )
+    return {"input_ids": _padded(ids, 0), "attention_mask": _padded(masks, 0), **labels}
 
 
 def _pad_pairs(rows: list[Values], pad: Any) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from plmcc.inference.batches import generated
 from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS, RANKING, is_of
 from plmcc.utils.extras import library
 from plmcc.utils.numerics import by_rows, divergence
+from plmcc.utils.text import first_line
 
 _BATCH = 64
 _LOGITS = 2**27
@@ -196,7 +197,12 @@ class Evaluator:
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of texts of similar length, with the positions they come from."""
         options = {"truncation": True, "max_length": self.max_length}
-        encoded = self.tokenizer(*texts, **options, add_special_tokens=special)
+        try:
+            encoded = self.tokenizer(*texts, **options, add_special_tokens=special)
+        except Exception as problem:  # of the tokenizers library, which has no other class
+            message = f"the tokenizer cannot read the texts: {first_line(problem)}"
+            hint = "leave out words without a vector, as `plmcc vectors evaluate` does"
+            raise error("PLM302", message, "evaluate", hint=hint) from problem
         pad = collator("feature-extraction", self.tokenizer)
         yield from self._padded({name: list(column) for name, column in encoded.items()}, pad)
 

@@ -116,7 +116,8 @@ def _of_file(file: Path, outline: Outline, text: list[str]) -> Iterator[Candidat
             yield Candidate(recipe.name, values, made, *outline.sizes(made))
         except PlmccError as problem:
             first = problem.diagnostics[0]
-            yield Candidate(recipe.name, values, None, reason=first.got or first.message)
+            reason = first.got if " " in first.got else first.message
+            yield Candidate(recipe.name, values, None, reason=reason)
         except (RuntimeError, NotImplementedError) as problem:
             yield Candidate(recipe.name, values, None, reason=first_line(problem))
 

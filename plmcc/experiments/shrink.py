@@ -262,10 +262,6 @@ def _check(asked: Asked) -> None:
     check_asked(asked.target, asked.effort, asked.metric, asked.runtime)
     for name in asked.text:
         matching_files(name, None)
-    if is_vectors(Path(asked.model)):
-        message = "this is a file of word vectors, and `shrink` needs a model"
-        hint = "apply a recipe with `compositional_codes`; `plmcc compare` tries several"
-        raise error("PLM502", message, asked.model, hint=hint)
 
 
 def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list[str], Evaluate]:
@@ -287,6 +283,8 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
     if metric not in (*RELATIVE, "perplexity"):
         message = f"{metric} needs labels, and there are none"
         raise error("PLM303", message, "--metric", got=metric, hint="add --data FILE")
+    if not files and is_vectors(Path(asked.model)):
+        return [], _evaluate(metric, {"data": str(_words(source, work, dry_run))})
     if not files:
         message = "there is nothing to judge results by"
         raise error("PLM502", message, "--text", hint="add --text FILE, or --data FILE")
@@ -307,6 +305,19 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
     kept = [line for index, line in enumerate(plain) if index % step != step - 1]
     rest.write_text("\n".join(kept) + "\n", encoding="utf-8")
     return [str(rest.resolve())], _evaluate(metric, {"data": str(held.resolve())})
+
+
+def _words(source: Source, work: Path, dry_run: bool) -> Path:
+    """Write words of word vectors, evenly spaced over all: what their results are judged by where
+    there is no text."""
+    held = work / "held_out.txt"
+    if not dry_run:
+        tokenizer = source.need_tokenizer("a comparison of words")
+        words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        work.mkdir(parents=True, exist_ok=True)
+        lines = words[:: -(-len(words) // (5 * _MOST))]
+        held.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return held.resolve()
 
 
 def _check_known(source: Source, lines: list[str], place: str) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
@@ -23,6 +24,7 @@ from plmcc.experiments.candidates import candidates, shipped
 from plmcc.export.hub import export_hub
 from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import load_recipe, parse_recipe
+from plmcc.vectors.load import load
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -426,3 +428,46 @@ def test_a_runtime_that_cannot_be_is_refused(
     assert done.exit_code != 0
     assert said in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+VECTORS = """\
+plmcc: 1
+shrink: {table: 0.99}
+passes: [compositional_codes: {width: 2, codewords: 16, initialization: product}]
+search:
+  passes.0.compositional_codes.width: [1, 2, 4]
+"""
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> Path:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 16, generator=random).tolist()
+    lines = [f"v{i} {' '.join(f'{x:.4f}' for x in row)}" for i, row in enumerate(rows)]
+    (tmp_path / "vectors.txt").write_text("\n".join(["300 16", *lines]) + "\n")
+    (tmp_path / "vectors.yaml").write_text(VECTORS)
+    return tmp_path
+
+
+def test_word_vectors_are_judged_by_their_own_words(vectors: Path) -> None:
+    recipes = ["--recipe", str(vectors / "vectors.yaml"), "--target", "drop<=25"]
+    command = ["shrink", str(vectors / "vectors.txt"), *recipes, "-o", str(vectors / "out")]
+    done = CliRunner().invoke(app, [*command, "--format", "json"])
+    assert done.exit_code == 0, done.exception or done.output
+    found = json.loads(done.stdout)
+    assert (found["verdict"], found["metric"]) == ("ACCEPT", "fidelity")
+    one, two = load(vectors / "vectors.txt"), load(vectors / "out")
+    names = [f"v{i}" for i in range(300)]
+    first, second = (torch.tensor(np.stack([v[n] for n in names])) for v in (one, two))
+    expected = 100 * float(torch.nn.functional.cosine_similarity(first, second).mean())
+    assert found["measured"]["quality"] == pytest.approx(expected, abs=1e-3)
+    assert expected > 75
+
+
+def test_pairs_with_a_word_that_has_no_vector_are_refused(vectors: Path) -> None:
+    (vectors / "pairs.tsv").write_text("a\tb\tscore\nv1\tv2\t3\nv1\tnobody\t2\nv3\tv4\t1\n")
+    asked = ["--recipe", str(vectors / "vectors.yaml"), "--data", str(vectors / "pairs.tsv")]
+    columns = ["--column", "a", "--column", "b", "--label", "score", "-o", str(vectors / "out")]
+    done = CliRunner().invoke(app, ["shrink", str(vectors / "vectors.txt"), *asked, *columns])
+    assert "words without a vector" in str(done.exception)
+    assert not (vectors / "out").exists()
