@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
@@ -35,6 +35,7 @@ from plmcc.models.other_files import (
     notes_of,
     other_files,
 )
+from plmcc.models.static import as_encoder, is_static
 from plmcc.utils.files import check_not_local
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
@@ -146,6 +147,11 @@ def load_source(
         return replace(source, model=source.model.to("meta")) if meta else source  # type: ignore[arg-type]
     if folder is None:
         check_not_local(str(name))
+    static = folder if folder is not None and is_static(folder) else _static_snapshot(folder, name)
+    if static is not None:
+        source = load_source(as_encoder(static.resolve()), task, head, broken, meta=meta)
+        note = "a static model: a table of token vectors, and their mean"
+        return replace(source, name=str(name), notes=(note, *source.notes))
     config = _config(name)
     folder = folder or _snapshot(str(name))
     found = task_of(_architecture(config), folder)
@@ -347,6 +353,19 @@ def _config(name: str | Path) -> PreTrainedConfig:
         )
         raise error("PLM401", f"{what}: {first_line(problem)}", str(name), hint=hint) from None
     return config
+
+
+def _static_snapshot(folder: Path | None, name: str | Path) -> Path | None:
+    """The files of a static model of the hub; of no other model is anything read here."""
+    if folder is not None:
+        return None
+    try:
+        modules = hf_hub_download(str(name), MODULES)
+    except (OSError, HFValidationError, LocalEntryNotFoundError):
+        return None
+    if not is_static(Path(modules).parent):
+        return None
+    return Path(snapshot_download(str(name)))
 
 
 def _snapshot(name: str) -> Path | None:
