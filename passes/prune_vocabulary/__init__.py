@@ -38,6 +38,7 @@ from plmcc.passes.prune_vocabulary.tokenizers import (
     characters,
     cut,
     definition,
+    probable,
     readable,
     rebuilt,
     shortened,
@@ -89,6 +90,9 @@ class PruneVocabulary(Pass):
     the smaller number decides."""
     keep: int | None = Field(None, ge=1)
     """Maximum number of tokens, those that are always kept included; the most frequent stay."""
+    unseen: int = Field(0, ge=0)
+    """Number of further tokens for words that the text does not have: the most probable ones by the
+    tokenizer itself that are written with characters of the text."""
     multiple_of: int = Field(1, ge=1)
     """Round the number of tokens up to a multiple, as matrix products of GPUs prefer."""
 
@@ -103,7 +107,7 @@ class PruneVocabulary(Pass):
             raise ValueError("`text` is missing: list files, or `languages` where there is none")
         if self.text is not None and self.languages:
             raise ValueError("`languages` has no effect with `text`: remove it")
-        used = dict.fromkeys(("min_count", "coverage", "keep"), self.text is not None)
+        used = dict.fromkeys(("min_count", "coverage", "keep", "unseen"), self.text is not None)
         refuse_unused(self, used, "without `text`")
         used = {"weighting": isinstance(self.text, dict)}
         refuse_unused(self, used, "without a mapping of languages in `text`")
@@ -175,6 +179,9 @@ class PruneVocabulary(Pass):
         often = [int(i) for i in np.argsort(-text.weighed(self.weighting)[:size], kind="stable")]
         wanted = {i for i in spelling.parts({*self._chosen(text, often, always)}) if i < size}
         wanted |= always
+        if self.unseen:
+            likely = [i for i in probable(values, text.characters) if i < size]
+            wanted = spelling.filled(wanted, likely, len(wanted) + self.unseen)
         if self.keep is not None and len(wanted) > self.keep:
             if len(always) > self.keep:
                 message = "special, byte and character tokens, which are always kept, are more"

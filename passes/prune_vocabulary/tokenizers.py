@@ -93,6 +93,21 @@ def characters(values: Values, text: set[str]) -> set[int]:
     return {found[name] for name in names if name in found}
 
 
+def probable(values: Values, text: set[str]) -> list[int]:
+    """Return the tokens that are written with characters of a text, the most probable ones first:
+    of Unigram by their scores, of others in the order in which they were learned."""
+    model = values["model"]
+    prefix = model.get("continuing_subword_prefix") or "\u2581"
+    scored = model["vocab"] if model["type"] == "Unigram" else []
+    scores = {index: -score for index, (_, score) in enumerate(scored)}
+    found = [
+        index
+        for piece, index in readable(values)
+        if (word := piece.removeprefix(prefix).strip()) and text.issuperset(word)
+    ]
+    return sorted(found, key=lambda index: (scores.get(index, 0.0), index))
+
+
 class Spelling:
     """Which tokens BPE makes others from: these have to stay with them."""
 

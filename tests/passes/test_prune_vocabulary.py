@@ -315,6 +315,49 @@ def test_the_number_of_tokens_is_the_one_asked_for(kind: str, number: int, tmp_p
     assert 0 <= len(source.need_tokenizer("the test")) - whole < number
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_for_unseen_words_are_the_most_probable(kind: str, tmp_path: Path) -> None:
+    name = next(name for name, value in MODELS.items() if value[1] == kind)
+    few, whole = KEPT[:6], source_of(name)
+    bare = prune(replace(whole, model=whole.original()), tmp_path, few)
+    without = set(bare.need_tokenizer("the test").get_vocab())
+    source = prune(replace(whole, model=whole.original()), tmp_path, few, unseen=9)
+    after = source.need_tokenizer("the test")
+    more = set(after.get_vocab()) - without
+    assert without < set(after.get_vocab())
+    assert len(more) == 9
+    before = whole.need_tokenizer("the test")
+    for line in few:
+        assert after.tokenize(line) == before.tokenize(line)
+    seen = {c for line in few for c in unicodedata.normalize("NFKC", line)}
+    seen |= {character.lower() for character in seen}
+    plain = {token.strip("\u2581\u0120#") for token in more}
+    assert set("".join(plain)) <= seen
+    if kind == "Unigram":  # nothing more probable was left out
+        values = json.loads(before.backend_tokenizer.to_str())["model"]["vocab"]
+        scores = dict(values)
+        rest = set(scores) - set(after.get_vocab())
+        written = [t for t in rest if set(t.strip("\u2581")) <= seen and t.strip("\u2581")]
+        assert min(scores[t] for t in more) >= max(scores[t] for t in written)
+
+
+@pytest.mark.parametrize("kind", ["one text", "pairs"])
+def test_a_reranker_gives_the_same_scores(kind: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("Unigram")
+    options: Any = SMALL | {"num_labels": 1, "pad_token_id": 1}
+    config = hf.XLMRobertaConfig(vocab_size=len(tokenizer), **options)
+    torch.manual_seed(0)
+    model: Any = hf.XLMRobertaForSequenceClassification(config).eval()
+    source = Source(model, "text-classification", "reranker", tokenizer)
+    original = source.original()
+    texts = [KEPT[:8]] if kind == "one text" else [KEPT[:8], KEPT[8:16]]
+    expected = Evaluator(original, tokenizer, Pooling()).logits(texts)
+    pruned = prune(source, tmp_path)
+    assert pruned.model.config.vocab_size < len(tokenizer)
+    given = (pruned.model, pruned.need_tokenizer("the test"), Pooling())
+    assert torch.equal(Evaluator(*given).logits(texts), expected)
+
+
 def test_the_most_frequent_tokens_cover_a_part_of_the_text(tmp_path: Path) -> None:
     text = [" ".join(LINES[:3])] * 50 + LINES[3:20]
     (tmp_path / "a.txt").write_text("\n".join(text), encoding="utf-8")
