@@ -85,6 +85,15 @@ def _check_depth(values: Values) -> None:
             raise error("PLM402", message, f"config.json: {key}", got=str(value), allowed=allowed)
 
 
+def method_of(config: PreTrainedConfig) -> str:
+    """Return how a config says that its checkpoint is quantized: `plmcc` of an artifact, `torchao`
+    and the like; empty of an ordinary one."""
+    stored = getattr(config, "quantization_config", None)
+    found = stored.get("quant_method") if isinstance(stored, dict) else stored
+    found = getattr(found, "quant_method", found)
+    return str(getattr(found, "value", found) or "")
+
+
 class _Marked:
     """Makes a config write itself with `model_type: plmcc` and its own type beside it.
 

@@ -331,7 +331,7 @@ def outline(config: PreTrainedConfig, kind: Any, options: Values, name: str) -> 
         message = f"the model cannot be built without its weights: {first_line(problem)}"
         raise error("PLM401", message, name) from None
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
+    if stored is not None and artifact.method_of(config) == artifact.METHOD:
         values = stored if isinstance(stored, dict) else stored.to_dict()
         for record in artifact.PlmccQuantizationConfig(**values).records():
             artifact.install(model, record, {})

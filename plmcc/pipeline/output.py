@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from plmcc.artifact import text_probes
+from plmcc.artifact.format import METHOD, method_of
 from plmcc.artifact.size import check_file
 from plmcc.artifact.tensors import writing
 from plmcc.artifact.verify import record, reloaded_difference
@@ -63,7 +64,7 @@ def save(result: Result, folder: Path) -> None:
         source.tokenizer.save_pretrained(folder)
     if source.folder is not None:
         copy_other_files(source.other_files(), source.folder, folder)
-    require_plmcc(folder, getattr(result.model.config, "quantization_config", None) is not None)
+    require_plmcc(folder, method_of(result.model.config) == METHOD)
     model: torch.nn.Module = result.model
     if source.tokenizer is not None and not any(folder.glob("*tokeniz*")):
         # The files are better where there are any: a tokenizer in use has its settings changed.

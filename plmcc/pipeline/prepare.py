@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plmcc.api import Pass
+from plmcc.artifact import format as artifact
 from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import PlmccError, error
 from plmcc.export.exporter import check_export
@@ -204,5 +205,20 @@ def _check_data(recipe: Recipe, source: Source) -> None:
             check_architecture(source, key)
 
 
-CHECKS: tuple[Callable[[Recipe, Source], None], ...] = (check_lower, _check_trained, _check_data)
+def _check_quantized(_: Recipe, source: Source) -> None:
+    """Refuse what would need the weights that another library has quantized."""
+    method = artifact.method_of(source.model.config)
+    if method in ("", artifact.METHOD):
+        return
+    message = f"the checkpoint is quantized already ({method})"
+    hint = "start from the checkpoint that it was made from, and quantize the result"
+    raise error("PLM303", message, source.name, hint=hint)
+
+
+CHECKS: tuple[Callable[[Recipe, Source], None], ...] = (
+    check_lower,
+    _check_trained,
+    _check_data,
+    _check_quantized,
+)
 """Checks of a whole recipe on a model: `apply` raises the first error, `plan` lists all."""

@@ -148,7 +148,7 @@ def _last_digest(result: Result) -> str:
 def _finish(recipe: Recipe, result: Result, sizes: Inventory) -> None:
     """Make the model an artifact, and note its sizes."""
     model = result.model
-    already = getattr(model.config, "quantization_config", None) is not None
+    already = artifact.method_of(model.config) == artifact.METHOD
     if result.records and (already or needs_plmcc(model)):
         artifact.adopt(model, result.records)
     rewritten = [item.paths[0] for item in result.records]

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from plmcc.artifact.format import METHOD, method_of
 from plmcc.data.tasks import auto_class
 from plmcc.models.source import Source
 from plmcc.recipe.load import Recipe
@@ -131,7 +132,7 @@ def usage(source: Source, folder: str) -> list[str]:
 
 def needs_plmcc(source: Source) -> bool:
     """Return whether transformers alone cannot load the result."""
-    return getattr(source.model.config, "quantization_config", None) is not None
+    return method_of(source.model.config) == METHOD
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

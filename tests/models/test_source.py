@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 import plmcc
 from plmcc.catalog import registry as catalog
 from plmcc.data.pooling import Pooling
 from plmcc.data.rows import load_rows
+from plmcc.diagnostics import PlmccError
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.inference.batches import generated
 from plmcc.ir.probes import positions_of
 from plmcc.models.source import Source, load_source
 from plmcc.passes.compositional_codes import CompositionalCodes
+from plmcc.recipe.load import parse_recipe
 from support.tiny_models import tiny
 from support.tokenizers import words
 
@@ -337,3 +339,17 @@ def test_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
     file.write_text("\ufeffw1 w2\nw3\n", encoding="utf-8")
     (folder / "train1.txt").write_text("w9\n")
     assert load_rows(str(file)).texts() == ["w1 w2", "w3"]
+
+
+def test_a_checkpoint_that_another_library_quantized_is_refused(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    tiny("llama").save_pretrained(tmp_path / "plain")
+    words().save_pretrained(tmp_path / "model")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+    quantized.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("w1 w2\n" * 9)
+    text = f"plmcc: 1\npasses: [{{prune_vocabulary: {{text: {tmp_path}/text.txt}}}}]\n"
+    with pytest.raises(PlmccError, match=r"quantized already \(torchao\)"):
+        plmcc.apply(parse_recipe(text, load_torch=True), tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
