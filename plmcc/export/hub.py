@@ -113,6 +113,7 @@ def write_hub(source: Source, folder: Path, precisions: Sequence[str]) -> list[O
     """Write an encoder into an empty directory; otherwise as `export_hub`. The model is changed."""
     model: Any = source.model
     model.to("cpu").float().eval()
+    model.set_attn_implementation("eager")  # fewer operators: no case for rows without tokens
     if model.config.get_text_config().model_type != model.config.model_type:
         model.config = model.config.get_text_config()
     for path, part in list(model.named_modules()):
