@@ -14,6 +14,7 @@ A row that is in the result already, of the same commit, is not measured again.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import subprocess
@@ -29,12 +30,15 @@ import torch
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
+import plmcc
 from plmcc.artifact.environment import hardware, versions
 from plmcc.artifact.size import component_bytes
 from plmcc.evaluation.evaluator import Evaluator
+from plmcc.evaluation.onnx_files import opened, speeds
 from plmcc.experiments.baselines import baselines
 from plmcc.experiments.candidates import side_bytes
 from plmcc.experiments.compare import token_table
+from plmcc.export.hub import FILES, write_hub
 from plmcc.ir.program import Program
 from plmcc.kit.tables import common_layout, table_of
 from plmcc.models.source import Source, load_source
@@ -195,6 +199,48 @@ class Bench:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return {"disk_bytes": size, "stsb_test": scores}
 
+    def latency(self) -> dict[str, Any]:
+        """How many times as fast as the float32 file of the original in onnxruntime the 30 MB model
+        is, untrained (its shapes are the same): as int8 ONNX, and compiled by PyTorch."""
+        passes = [pruned(self.text, 1.0), CODES.format(w=2, rate="").replace(", }", "}")]
+        linears = "quantized_linears: {scheme: int8}"
+        source = self.applied("passes:\n" + "".join(f"  - {x}\n" for x in [*passes, linears]))
+        few = source.model.config.vocab_size
+        compiled = plmcc.compile(copy.deepcopy(source.model))
+        files = {}
+        for name, made, kind in (("before", self.source(), "fp32"), ("after", source, "int8")):
+            (self.folder / name).mkdir()
+            write_hub(made, self.folder / name, (kind,))
+            files[name] = self.folder / name / "onnx" / FILES[kind]
+        shapes = ((1, 32), (32, 32))
+        ratios = speeds(files["before"], files["after"], source.model, 10, few, shapes)
+        own = {shape: self._compiled(compiled, files["before"], few, *shape) for shape in shapes}
+        return {
+            "onnx_int8": {f"{b}x{n}": round(value, 3) for (b, n), value in ratios.items()},
+            "compiled": {f"{b}x{n}": round(value, 3) for (b, n), value in own.items()},
+        }
+
+    @staticmethod
+    @torch.inference_mode()
+    def _compiled(model: Any, file: Path, tokens: int, batch: int, length: int) -> float:
+        """The shortest time of the file by that of a model in PyTorch."""
+        ids = torch.randint(0, tokens, (batch, length), generator=torch.Generator().manual_seed(0))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        session = opened(file)
+        fed = {port.name: given[port.name].numpy() for port in session.get_inputs()}
+        runs: list[Callable[[], Any]] = [lambda: session.run(None, fed), lambda: model(**given)]
+        best = []
+        for run_ in runs:
+            run_()
+            times = []
+            end = time.perf_counter() + 10
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                run_()
+                times.append(time.perf_counter() - start)
+            best.append(min(times))
+        return best[0] / best[1]
+
     def systems(self) -> dict[str, Callable[[], dict[str, Any]]]:
         int4 = "{{scheme: int4, group: {}}}".format
         return {
@@ -222,6 +268,7 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--latency", action="store_true", help="measure times alone, anew")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -230,6 +277,10 @@ def main() -> None:
     rows = kept["rows"] if kept.get("commit") == commit else []
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(asked.data.resolve(), asked.model.resolve(), Path(name))
+        if asked.latency:
+            found = bench.latency()
+            write_json(RESULT, kept | {"latency": {"commit": commit, "ratios": found}})
+            return
         for system, work in bench.systems().items():
             if system in [row["system"] for row in rows]:
                 continue
@@ -249,6 +300,8 @@ def write(commit: str, rows: list[dict[str, Any]], more: Sequence[dict[str, Any]
     command = "python benchmarks/multilingual.py DATA MODEL"
     values = {"command": command, "commit": commit, "hardware": hardware(), "threads": 1}
     values |= {"versions": versions(), "prompt": "query: ", "rows": [*rows, *more]}
+    kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    values |= {"latency": kept["latency"]} if "latency" in kept else {}
     write_json(RESULT, values)
 
 

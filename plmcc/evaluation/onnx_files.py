@@ -6,6 +6,7 @@ import copy
 import importlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def speeds(
     model: PreTrainedModel,
     seconds: float = 3.0,
     tokens: int | None = None,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
 ) -> dict[tuple[int, int], float]:
     """Return by batch and length how many times as fast as the original a file is.
 
@@ -72,12 +74,13 @@ def speeds(
         model: that of one of the files.
         seconds: about how long each batch is timed.
         tokens: how many token ids both files know; by default those of the model.
+        shapes: batches and lengths; a length is at most what the model reads.
     """
     known = tokens or vocabulary_of(model)
     sessions = [opened(original), opened(other)]
     most = longest(model) or SHAPES[-1][1]
-    shapes = dict.fromkeys((batch, min(length, most)) for batch, length in SHAPES)
-    return {shape: _ratio(sessions, known, *shape, seconds) for shape in shapes}
+    asked = dict.fromkeys((batch, min(length, most)) for batch, length in shapes)
+    return {shape: _ratio(sessions, known, *shape, seconds) for shape in asked}
 
 
 def _ratio(sessions: list[Any], tokens: int, batch: int, length: int, seconds: float) -> float:
