@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -14,6 +15,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
     model_serializer,
     model_validator,
 )
@@ -280,10 +283,23 @@ class Train(Node):
         return self
 
 
+_OF_LIBRARIES = r"^(mteb|lm_eval):[\w./-]+$"
+
+
+def _metric(given: object, named: Callable[[object], Metric]) -> object:
+    """Let the tasks of libraries be metrics beside those that have a name of their own."""
+    of_library = isinstance(given, str) and re.match(_OF_LIBRARIES, given)
+    return given if of_library else named(given)
+
+
 class Evaluate(Node):
     """One metric of the report."""
 
-    metric: Metric | Annotated[str, Field(pattern=r"^(mteb|lm_eval):[\w./-]+$")]
+    metric: Annotated[
+        Metric,
+        WrapValidator(_metric),
+        WithJsonSchema({"anyOf": [{"enum": get_args(Metric)}, {"pattern": _OF_LIBRARIES}]}),
+    ]
     """What is computed; `fidelity` and `kl_divergence` compare with the original model. `f1` counts
     words of answers (question answering, like `exact_match`), entities (token classification),
     classes (of two the second, of more the mean), or labels (micro). `spearman`, `pearson` and
@@ -315,7 +331,8 @@ class Evaluate(Node):
     def _data_fits_the_metric(self) -> Evaluate:
         library = library_of(self.metric)
         if not (library or self.data):
-            raise invalid("PLM102", "`data` is missing", hint="add `data: FILE`")
+            message = f"`{self.metric}` needs the key `data`"
+            raise invalid("PLM102", message, hint="add `data: ...`")
         useless = ["data", "target", "text", "label", "sample"] if library else ["tasks"]
         useless += ["limit", "tasks"] if library == "mteb" else []
         for name in useless:

@@ -128,7 +128,7 @@ def test_a_wrong_task_is_one_sentence(
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ("metric: perplexity", "`data` is missing"),
+        ("metric: perplexity", "needs the key `data`"),
         ("metric: lm_eval:hellaswag, data: x.txt", "`data` has no effect"),
         ("metric: mteb:STS22, tasks: folder", "`tasks` has no effect"),
         ("metric: perplexity, data: x.txt, tasks: folder", "`tasks` has no effect"),
