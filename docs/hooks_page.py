@@ -33,6 +33,7 @@ WHEN = {
     "Hard.shares": "after `rewrite`, or when the module is in its place; also when loaded",
     "Hard.rewrite": 'after `Soft.harden`, for each path of a site of role "layer", and when an '
     "artifact is loaded, on the meta device",
+    "Hard.check_loaded": "when the weights of an artifact have been loaded, before the first call",
     "Hard.parameter_count": "by `plan` and by `search`",
     "Hard.ideal_bits": "when the report is written",
     "Hard.binary_codes": "for nearest neighbors of word vectors by Hamming distance",

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plmcc.api import Hard, Miss, Objective, Pass, Planned, Program, Site, Soft, TableSite, Values
-from plmcc.kit import Progress
+from plmcc.kit import Progress, check_counts, check_range
 from plmcc.kit.tables import (
     CompressedTable,
     Table,
@@ -367,6 +367,13 @@ class AdaptiveEmbedding(CompressedTable):
             before = sum(self.counts[:index])
             places_V = torch.where(choice_V == index, places_V + before, places_V)
         return torch.cat(groups, -1).index_select(-1, places_V)
+
+    def check_loaded(self) -> None:
+        """Check that as many words have each codebook as there are codes for."""
+        choice_V, _ = self._groups()
+        check_range("selector", choice_V, len(self.counts))
+        found = torch.bincount(choice_V.long(), minlength=len(self.counts))
+        check_counts("selector", found, found.new_tensor(self.counts))
 
     def _groups(self) -> tuple[Tensor, Tensor]:
         """Each word's codebook (V,) and its rank among the words that have it (V,)."""

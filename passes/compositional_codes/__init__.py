@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plmcc.api import Miss, Objective, Pass, Planned, Program, Site, Soft, TableSite, refuse_unused
-from plmcc.kit import Progress, Trainable
+from plmcc.kit import Progress, Trainable, check_range
 from plmcc.kit.tables import (
     CompressedTable,
     LearningRate,
@@ -39,6 +39,7 @@ from plmcc.passes.compositional_codes.autoencoder import CodeAutoencoder, fit_au
 from plmcc.passes.compositional_codes.product import product_quantize
 from plmcc.passes.compositional_codes.residual import residual_quantize
 
+_PART = 4096  # rows that are looked at together
 _ONE_HOT = 32  # codewords of a book, up to which exported programs multiply with ones
 
 
@@ -227,6 +228,13 @@ class CodedEmbedding(CompressedTable):
             parts_MWN = hidden_ND.T.unflatten(0, (self.num_codebooks, -1))
             products_PN = (books_MKW @ parts_MWN).flatten(0, 1)
         return self._sum_of(self._entries(self.codes), products_PN).T
+
+    def check_loaded(self) -> None:
+        """Check that each code names a codeword."""
+        if self.codewords < 2**self.bits:
+            for packed_NB in self.codes.split(_PART):
+                codes_NM = unpack(packed_NB, self.num_codebooks, self.bits)
+                check_range("codes", codes_NM, self.codewords)
 
     def _entries(self, packed_NB: Tensor) -> Tensor:
         """Codebook rows (N, M) named by packed codes."""

@@ -36,7 +36,7 @@ from plmcc.api import (
     Values,
     refuse_unused,
 )
-from plmcc.kit import Progress
+from plmcc.kit import Progress, check_counts
 from plmcc.kit.tables import (
     CompressedTable,
     Table,
@@ -45,6 +45,7 @@ from plmcc.kit.tables import (
     reconstruction,
     table_of,
 )
+from plmcc.passes._shared.bits import unpack
 from plmcc.passes.distilled_factorization.factors import (
     embedding_loss,
     fit_factors,
@@ -287,6 +288,14 @@ class FactorizedEmbedding(CompressedTable):
     def products(self, hidden_ND: Tensor) -> Tensor:
         """Products (N, V): two thin products."""
         return hidden_ND @ self.basis.T @ self._factor(slice(None)).T
+
+    def check_loaded(self) -> None:
+        """Check that each row begins where the one before ends."""
+        if self.storage == "sparse":
+            counts_V = unpack(self.mask, self.rank, 1).sum(1)
+            ends_V = counts_V.cumsum(0)
+            check_counts("starts", self.starts, ends_V - counts_V)
+            check_counts("mask", ends_V[-1:].clamp(min=1), ends_V.new_tensor([len(self.values)]))
 
     def _factor(self, ids: Tensor | slice) -> Tensor:
         """Rows (N, r) of the factor in the basis's dtype."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plmcc.api import Values
+from plmcc.kit import check_range
 from plmcc.kit.graphs import cache_argument
 from plmcc.passes.movement_pruning.compact import Compacted, Matrix
 from plmcc.passes.movement_pruning.masks import Masked
@@ -180,6 +181,11 @@ class _WithFewerHeads:
 
     _cache: str | None
     """What the class before calls the cache."""
+
+    def check_loaded(self) -> None:
+        """Check that the kept heads are heads of the original."""
+        live = cast(Any, self)
+        check_range("kept heads", getattr(self, _KEPT).index, live._plmcc_all_heads)
 
     def compute_bias(self, *args: object, **kwargs: object) -> Tensor:
         """Return the bias (1, kept heads, T, S)."""

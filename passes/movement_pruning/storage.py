@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from plmcc.kit import check_counts, check_range, check_starts
 from plmcc.passes._shared.bits import pack, row_bytes, unpack
 
 FORMS = ("bitmask", "csr", "int8_csr")
@@ -79,6 +80,16 @@ class SparseLinear(nn.Module):
     def parameter_count(self) -> int:
         """Return the number of weights that are not zero, and biases."""
         return self.values.numel() + (0 if self.bias is None else self.bias.numel())
+
+    def check_loaded(self) -> None:
+        """Check that each value has its place."""
+        columns = self.shape[1]
+        if self.form == "bitmask":
+            ones = unpack(self.mask, columns, 1).sum()
+            check_counts("mask", ones, ones.new_tensor(len(self.values)))
+            return
+        check_starts("starts", self.starts, len(self.values))
+        check_range("columns", self.columns, columns)
 
     @classmethod
     @torch.no_grad()

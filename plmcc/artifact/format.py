@@ -198,6 +198,7 @@ class PlmccQuantizer(HfQuantizer):
         # What quantized models refuse (`float`, `half`), these can do.
         from plmcc.rewrite import name_tables
 
+        _check_values(model)
         model.is_quantized = False  # type: ignore[assignment]
         name_tables(model)
         return model
@@ -367,6 +368,20 @@ def _check_size(model: PreTrainedModel, saved: dict[str, tuple[int, ...]]) -> No
                 message = f"the configuration asks for a {name} that the files do not hold"
                 given = " x ".join(map(str, value.shape))
                 raise error("PLM402", message, "config.json", got=given)
+
+
+def _check_values(model: PreTrainedModel) -> None:
+    """Let modules look at their integers, before a kernel does: some write before they check."""
+    for path, module in model.named_modules():
+        check = getattr(module, "check_loaded", None)
+        if check is None or any(value.is_meta for value in module.state_dict().values()):
+            continue  # on the meta device: offloaded, and read when it is called
+        try:
+            check()
+        except ValueError as problem:
+            message = f"the tensors of {path} do not fit: {problem}"
+            hint = "the artifact is damaged: write it again"
+            raise error("PLM402", message, "model.safetensors", hint=hint) from None
 
 
 def _check_removed(model: PreTrainedModel, saved: dict[str, tuple[int, ...]]) -> None:

@@ -66,6 +66,14 @@ class Hard(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} replaces a module, not a layer")
 
+    def check_loaded(self) -> None:
+        """Check the values of integer tensors, which come from a file: indices, offsets, codes.
+        `kit.check_range` and its siblings do. A part of the module may have this method too.
+
+        Raises:
+            ValueError: a value is one that the module must not be called with.
+        """
+
     def parameter_count(self) -> int:
         """Return how many values it stores, integers included; where several share a byte, each of
         them."""

@@ -4,6 +4,7 @@ from plmcc.ir.calibration import observing
 from plmcc.ir.probes import positions_of, probe_inputs
 from plmcc.ir.sharing import unlike
 from plmcc.kit.attention import beams_as_queries, bias_of_places, queries_as_beams
+from plmcc.kit.integers import check_counts, check_range, check_starts
 from plmcc.kit.linear import HardLinear, matched_linears, weight_of
 from plmcc.kit.soft import Trainable
 from plmcc.kit.stacks import matched_stacks
@@ -32,6 +33,9 @@ __all__ = [
     "Trainable",
     "beams_as_queries",
     "bias_of_places",
+    "check_counts",
+    "check_range",
+    "check_starts",
     "common_layout",
     "first_line",
     "matched_linears",
