@@ -17,6 +17,7 @@ import argparse
 import copy
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,10 @@ class Bench:
         self.model = folder / "model"
         self.model.mkdir()
         for file in model.iterdir():
-            (self.model / file.name).symlink_to(file.resolve())
+            if file.suffix == ".safetensors":  # what is linked does not come along
+                (self.model / file.name).symlink_to(file.resolve())
+            else:
+                shutil.copy(file, self.model / file.name)
         settings = self.model / "config_sentence_transformers.json"
         settings.write_text(json.dumps(PROMPTS))
         more = [data / f"multi30k/train.{language}.gz" for language in ("en", "de", "fr")]

@@ -19,7 +19,7 @@ import plmcc
 from plmcc.artifact.verify import prove
 from plmcc.catalog import registry as catalog
 from plmcc.data import pooling as poolings
-from plmcc.models.other_files import other_files
+from plmcc.models.other_files import copy_other_files, other_files
 from plmcc.models.source import load_source
 from plmcc.passes.compositional_codes import CompositionalCodes
 from support.tiny_models import tiny
@@ -267,3 +267,23 @@ def test_another_tokenizer_in_the_artifact_is_found(tmp_path: Path) -> None:
     (tmp_path / "out/tokenizer_config.json").unlink()
     with pytest.raises(plmcc.PlmccError, match="the tokenizer of the artifact"):
         text_probes.check(tmp_path / "out")
+
+
+def test_links_that_leave_the_directory_stay_behind(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not for others")
+    model = tmp_path / "models--a--b/snapshots/main"
+    blobs = tmp_path / "models--a--b/blobs"
+    for folder in (model, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "1234").write_text("of the cache")
+    (model / "inside.txt").write_text("of the model")
+    (model / "notes.txt").symlink_to(secret)
+    (model / "again.txt").symlink_to("inside.txt")
+    (model / "cached.txt").symlink_to("../../blobs/1234")
+    (model / "folder").symlink_to(tmp_path)
+    found = other_files(model)
+    assert [str(name) for name in found.copied] == ["again.txt", "cached.txt", "inside.txt"]
+    assert found.left == (("notes.txt", "a link that leads out of the directory"),)
+    copy_other_files(found, model, tmp_path)
+    assert not (tmp_path / "notes.txt").exists()
