@@ -37,8 +37,8 @@ def metadata(recipe: Recipe, source: Source, result: Result, summary: Summary) -
     measured = [
         EvalResult(
             task_type=source.task,
-            dataset_type=_dataset(values["data"]),
-            dataset_name=one.data,
+            dataset_type=_dataset(values["data"] or one.metric),
+            dataset_name=one.data or one.metric,
             metric_type=one.metric,
             metric_value=round(one.after, 4),
             metric_name=one.metric,

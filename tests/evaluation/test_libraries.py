@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner, Result
 
+import plmcc
 from plmcc.cli.app import app
 from plmcc.diagnostics import PlmccError
 from plmcc.evaluation.evaluator import Evaluator
@@ -145,3 +146,18 @@ def test_which_way_a_metric_goes() -> None:
     assert lower_is_better("lm_eval:wikitext/word_perplexity")
     assert lower_is_better("perplexity")
     assert not lower_is_better("lm_eval:perplexity_quiz/acc")
+
+
+@pytest.mark.filterwarnings("ignore")  # those of lm_eval
+def test_a_recipe_reports_a_score_before_and_after(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    asked = f"{{metric: lm_eval:rhymes, tasks: {folder}/tasks}}"
+    text = f"plmcc: 1\npasses: [drop_layers: {{keep: 1}}]\nevaluate: [{asked}]\n"
+    plmcc.apply(parse_recipe(text, load_torch=True), folder / "llama", tmp_path / "out")
+    [found] = json.loads((tmp_path / "out/report.json").read_text())["metrics"]
+    assert found["metric"] == "lm_eval:rhymes"
+    assert found["before"] is not None
+    assert found["after"] is not None
+    card = (tmp_path / "out/README.md").read_text()
+    assert "type: lm_eval:rhymes" in card
+    assert "lm_eval:rhymes" in (tmp_path / "out/report.html").read_text()
