@@ -24,7 +24,7 @@ from plmcc.data.tasks import WINDOWED, task_of
 from plmcc.data.windows import Inputs, by_length
 from plmcc.diagnostics import Location, error
 from plmcc.inference.batches import generated
-from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS, RANKING, is_of
+from plmcc.recipe.metrics import METRICS_OF_HEADS, METRICS_OF_TASKS, RANKING, is_of, library_of
 from plmcc.utils.extras import library
 from plmcc.utils.numerics import by_rows, divergence
 from plmcc.utils.text import first_line
@@ -75,7 +75,7 @@ def check_metric(
     if task == classification.TASK and config is not None:
         kind = classification.kind_of(config)
         allowed, of = METRICS_OF_HEADS[kind], classification.HEADS[kind]
-    if metric not in allowed and not is_of(metric, task):
+    if not (is_of(metric, task) if library_of(metric) else metric in allowed):
         message = f"{metric} is not a metric of {of}"
         raise error("PLM303", message, location, got=metric, allowed=", ".join(allowed))
 
