@@ -195,6 +195,7 @@ def _check(
 def _with_options(found: Diagnostic) -> Diagnostic:
     """An error that names keys of a recipe, as one that names options."""
     keys = {"`text:`": "`--column`", "`label:`": "`--label`", "`target:`": "`--column` twice"}
+    keys["add --skip-broken"] = "name a model: a file here is one of word vectors"
     texts = [found.hint, found.allowed]
     for key, option in keys.items():
         texts = [text.replace(key, option) for text in texts]

@@ -471,3 +471,9 @@ def test_pairs_with_a_word_that_has_no_vector_are_refused(vectors: Path) -> None
     done = CliRunner().invoke(app, ["shrink", str(vectors / "vectors.txt"), *asked, *columns])
     assert "words without a vector" in str(done.exception)
     assert not (vectors / "out").exists()
+
+
+def test_a_text_in_the_place_of_the_model_is_told_apart(folder: Path, tmp_path: Path) -> None:
+    command = ["shrink", str(folder / "text.txt"), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert "name a model: a file here is one of word vectors" in str(done.exception)
