@@ -102,9 +102,9 @@ class Selection:
         for one in possible:
             families.setdefault(one.name, []).append(one)
         if self.goal.asks("speed") or self.goal.asks("latency"):
-            fast = [self._largest_fast(family, source) for family in families.values()]
-            tried = [one for one in fast if one is not None]
-            tried = tried or [one for one in possible if one.key in self.done]
+            for family in families.values():
+                self._try_fast(family, source)
+            tried = [one for one in possible if one.key in self.done]
             return min(tried, key=lambda one: (self._loss(one), one.size))
         tops = sorted((family[-1] for family in families.values()), key=lambda one: one.size)
         # The largest of all is the safest; then by bisection, as if good ones were the large ones.
@@ -132,19 +132,18 @@ class Selection:
                 low = middle + 1
         return good
 
-    def _largest_fast(self, sorted_: list[Candidate], source: Source) -> Candidate | None:
-        """Return the largest that is fast enough, by bisection, as far as trials are left: the
-        larger it is, the slower and the better."""
-        low, high, fast = 0, len(sorted_) - 1, None
+    def _try_fast(self, sorted_: list[Candidate], source: Source) -> None:
+        """Look for the largest that is fast enough, by bisection, as far as trials are left: the
+        larger it is, the slower and, as a rule, the better."""
+        low, high = 0, len(sorted_) - 1
         if not self._fast(sorted_[0], source):
-            return None
+            return
         while low <= high:
             middle = (low + high) // 2
             if self._fast(sorted_[middle], source):
-                fast, low = sorted_[middle], middle + 1
+                low = middle + 1
             else:
                 high = middle - 1
-        return fast
 
     def _fast(self, one: Candidate, source: Source) -> bool:
         return self._may(one) and self._loss(one, source)[0] <= 0

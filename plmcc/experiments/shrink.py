@@ -326,6 +326,9 @@ def _check_known(source: Source, lines: list[str], place: str) -> None:
     Raises:
         PlmccError: too many of its tokens are unknown.
     """
+    if is_vectors(Path(source.name)):
+        message = "results of word vectors are judged by their words, or by labeled pairs"
+        raise error("PLM502", message, "--text", hint="leave --text out, or add --data FILE")
     tokenizer = source.need_tokenizer("a comparison on text")
     encoded = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
     ids = [index for row in encoded for index in row]

@@ -149,7 +149,8 @@ def _finish(recipe: Recipe, result: Result, sizes: Inventory) -> None:
     """Make the model an artifact, and note its sizes."""
     model = result.model
     already = artifact.method_of(model.config) == artifact.METHOD
-    if result.records and (already or needs_plmcc(model)):
+    own = type(model.config).__module__.startswith("plmcc.")  # word vectors, static models
+    if own or (result.records and (already or needs_plmcc(model))):
         artifact.adopt(model, result.records)
     rewritten = [item.paths[0] for item in result.records]
     result.bytes_before = sizes.by_component(rewritten)

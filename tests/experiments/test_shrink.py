@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from plmcc.evaluation.onnx_files import opened, running, speeds
 from plmcc.experiments import selection, trial
 from plmcc.experiments import shrink as engine
 from plmcc.experiments.candidates import candidates, shipped
+from plmcc.experiments.goal import parse_goal
 from plmcc.export.hub import export_hub
 from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import load_recipe, parse_recipe
@@ -477,3 +479,31 @@ def test_a_text_in_the_place_of_the_model_is_told_apart(folder: Path, tmp_path: 
     command = ["shrink", str(folder / "text.txt"), "-o", str(tmp_path / "out")]
     done = CliRunner().invoke(app, command)
     assert "name a model: a file here is one of word vectors" in str(done.exception)
+
+
+def test_with_a_limit_of_speed_any_that_was_tried_may_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tried: larger codes were not the better ones."""
+    measured = {
+        "a": (6.9, 21.0),
+        "b": (2.6, 5.0),
+        "c": (2.3, 5.0),
+        "d": (2.2, 6.0),
+        "e": (1.1, 1.0),
+    }
+    usable: Any = [
+        SimpleNamespace(name="codes", key=key, size=size) for size, key in enumerate("abcde")
+    ]
+
+    def tried(self: selection.Selection, one: Any, source: object) -> None:
+        speed, drop = measured[one.key]
+        self.done[one.key] = {"size": one.size, "speed": speed, "drop": drop, "quality": 90 - drop}
+
+    monkeypatch.setattr(selection.Selection, "_try", tried)
+    judged: Any = SimpleNamespace(metric="accuracy")
+    goal = parse_goal("speed>=2,drop<=5")
+    trials = selection.Selection("m", goal, judged, "quick", tmp_path, usable, lambda _: None)
+    source: Any = object()
+    assert trials.choose(usable, source).key == "c"
+    assert set(trials.done) == {"a", "c", "d", "e"}

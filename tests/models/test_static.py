@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,8 @@ def test_kept_texts_have_the_same_vectors_after_vocabulary_pruning(
     static: Path, tmp_path: Path
 ) -> None:
     out = applied("prune_vocabulary: {text: TEXT}", static, tmp_path)
+    loads = "import sys, plmcc, transformers as t; t.AutoModel.from_pretrained(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", loads, str(out)], check=True, capture_output=True)
     source = load_source(out)
     assert source.model.config.vocab_size < load_source(static).model.config.vocab_size
     original = SentenceTransformer(str(static)).encode(TEXTS)
