@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ def check_task(metric: str, folder: str | None, place: Location | str) -> None:
         if known.modalities != ["text"]:
             raise error("PLM303", "this task is not one of text alone", place, got=metric)
         return
+    if folder is not None and not Path(folder).is_dir():
+        raise error("PLM301", "there is no such folder", "--tasks", got=folder)
     manager, name = _manager(folder), name.partition("/")[0]
     if name not in manager.all_tasks:
         raise _no_task(metric, name, did_you_mean(name, manager.all_tasks), place)

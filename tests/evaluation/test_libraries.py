@@ -142,6 +142,11 @@ def test_a_section_names_what_its_metric_needs(section: str, said: str) -> None:
         parse_recipe(text, load_torch=True)
 
 
+def test_a_missing_folder_of_tasks_is_named(folder: Path) -> None:
+    done = evaluate(str(folder / "llama"), "--metric", "lm_eval:rhymes", "--tasks", "nowhere")
+    assert "there is no such folder" in str(done.exception)
+
+
 def test_which_way_a_metric_goes() -> None:
     assert lower_is_better("lm_eval:wikitext/word_perplexity")
     assert lower_is_better("perplexity")
