@@ -10,13 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from plmcc.diagnostics import PlmccError
+from plmcc.diagnostics import PlmccError, error
 from plmcc.evaluation.onnx_files import running, speeds
 from plmcc.experiments.goal import Goal
 from plmcc.export.encoder import check_encoder
 from plmcc.export.hub import FILES, export_hub, write_hub
 from plmcc.export.targets import NEEDED, check_target
-from plmcc.models.source import Source, load_source
+from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.judge import Judge
 from plmcc.recipe.load import Recipe
 
@@ -33,6 +33,9 @@ def runtime_of(asked: Runtime, goal: Goal, source: Source) -> Runtime:
     if asked == "torch" or (asked == "auto" and not goal.asks("speed")):
         return "torch"
     try:
+        if is_vectors(Path(source.name)):
+            message, hint = "word vectors are looked up, and not run", "use `--runtime torch`"
+            raise error("PLM502", message, got=asked, hint=hint)
         check_encoder(source.model, "onnx")
         if asked == "onnx":
             check_target("onnx")
@@ -45,8 +48,7 @@ def runtime_of(asked: Runtime, goal: Goal, source: Source) -> Runtime:
 
 def unfit(recipe: Recipe) -> str:
     """Why a recipe is not for onnxruntime; empty where it is."""
-    written = str(recipe.effective())
-    if "int4" in written:
+    if "'int4'" in str(recipe.effective()):
         return "onnxruntime computes in 8 bits, as the recipe with int8"
     if recipe.lower is not None and recipe.lower.quantize:
         return "its file is that of the recipe without `lower.quantize`"

@@ -466,6 +466,25 @@ def test_word_vectors_are_judged_by_their_own_words(vectors: Path) -> None:
     assert expected > 75
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--runtime", "onnx"], "word vectors are looked up, and not run"),
+        (["--text", "plain.txt"], "results of word vectors are judged by their words"),
+    ],
+)
+def test_what_word_vectors_have_no_use_for_is_refused(
+    vectors: Path, more: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(vectors)
+    (vectors / "plain.txt").write_text("v1 v2\n" * 60)
+    command = ["shrink", "vectors.txt", "--recipe", "vectors.yaml", "-o", "out", *more]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, PlmccError), done.exception
+    assert said in str(done.exception)
+    assert not (vectors / "out").exists()
+
+
 def test_pairs_with_a_word_that_has_no_vector_are_refused(vectors: Path) -> None:
     (vectors / "pairs.tsv").write_text("a\tb\tscore\nv1\tv2\t3\nv1\tnobody\t2\nv3\tv4\t1\n")
     asked = ["--recipe", str(vectors / "vectors.yaml"), "--data", str(vectors / "pairs.tsv")]
