@@ -250,6 +250,11 @@ class Evaluator:
         text, 0 beyond the tenth place."""
         _need_pairs(rows, metric, "a query and a text")
         labels, scores = np.array(rows.numbers()), self._scores(rows).numpy()
+        if (labels < 0).any():
+            message = f"{metric} needs labels from 0 on: how relevant a text is"
+            raise error("PLM302", message, rows.source, got=f"{labels.min():g}")
+        if np.isnan(scores).any():
+            return math.nan
         found = []
         for group in rows.groups().values():
             truth, score = labels[group], scores[group]

@@ -88,15 +88,16 @@ class _Encoder:
         return self._embed(texts).numpy()
 
     def similarity(self, one: Any, two: Any) -> Tensor:
-        first, second = (_unit(part) for part in (one, two))
+        first, second = (torch.as_tensor(part).float() for part in (one, two))
+        measure = self._pooling.measure
+        if measure in ("euclidean", "manhattan"):
+            return -torch.cdist(first, second, 2.0 if measure == "euclidean" else 1.0)
+        if measure == "cosine":
+            first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
         return first @ second.T
 
     def similarity_pairwise(self, one: Any, two: Any) -> Tensor:
         return self._pooling.similarity(torch.as_tensor(one), torch.as_tensor(two))
-
-
-def _unit(vectors: Any) -> Tensor:
-    return F.normalize(torch.as_tensor(vectors).float(), dim=-1)
 
 
 def lm_eval_score(

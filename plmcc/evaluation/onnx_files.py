@@ -45,7 +45,8 @@ def running(model: PreTrainedModel, file: Path) -> PreTrainedModel:
     inputs = [port.name for port in session.get_inputs()]
 
     def forward(**given: object) -> ModelOutput:
-        fed = {name: value.numpy() for name, value in given.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        fed = {name: value.cpu().numpy() for name, value in tensors.items()}
         fed.setdefault("token_type_ids", np.zeros_like(fed["input_ids"]))
         values = session.run(outputs, {name: fed[name] for name in inputs})
         found = dict(zip(outputs, map(torch.from_numpy, values), strict=True))

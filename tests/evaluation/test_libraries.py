@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scipy.stats import spearmanr
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner, Result
 
 import plmcc
 from plmcc.cli.app import app
+from plmcc.data.pooling import Pooling
 from plmcc.diagnostics import PlmccError
 from plmcc.evaluation.evaluator import Evaluator
+from plmcc.evaluation.libraries import _Encoder
 from plmcc.models.source import load_source
 from plmcc.recipe.load import parse_recipe
 from plmcc.recipe.metrics import lower_is_better
@@ -166,3 +169,18 @@ def test_a_recipe_reports_a_score_before_and_after(folder: Path, tmp_path: Path)
     card = (tmp_path / "out/README.md").read_text()
     assert "type: lm_eval:rhymes" in card
     assert "lm_eval:rhymes" in (tmp_path / "out/report.html").read_text()
+
+
+@pytest.mark.parametrize("measure", ["cosine", "dot", "euclidean", "manhattan"])
+def test_mteb_compares_vectors_as_the_model_does(measure: str) -> None:
+    pooling = Pooling(measure=measure)
+    encoder = _Encoder(
+        lambda texts: torch.zeros(len(texts), 3), pooling, pytest.importorskip("mteb")
+    )
+    one, two = torch.randn(2, 3), torch.randn(4, 3)
+    found = encoder.similarity(one.numpy(), two.numpy())
+    for i in range(2):
+        for j in range(4):
+            assert torch.allclose(
+                found[i, j], pooling.similarity(one[i : i + 1], two[j : j + 1])[0]
+            )

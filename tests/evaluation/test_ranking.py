@@ -116,3 +116,19 @@ def test_queries_without_a_relevant_text_are_named(folder: Path, tmp_path: Path)
     given = load_rows(str(tmp_path / "none.jsonl"), text=TEXT, label="label")
     with pytest.raises(PlmccError, match="no query has a relevant text"):
         Evaluator(source.model, words(), source.pooling).compute("ndcg", given)
+
+
+def test_scores_that_are_no_numbers_are_no_success(folder: Path) -> None:
+    source = load_source(folder / "reranker", "reranking")
+    torch.nn.init.constant_(source.model.get_submodule("classifier").weight, torch.nan)  # type: ignore[arg-type]
+    evaluator = Evaluator(source.model, words(), source.pooling)
+    assert all(np.isnan(evaluator.compute(metric, rows_of(folder))) for metric in ("ndcg", "mrr"))
+
+
+def test_negative_labels_are_refused(folder: Path, tmp_path: Path) -> None:
+    rows = [{"query": "w1", "passage": f"w{p}", "label": p - 1} for p in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = load_source(folder / "reranker", "reranking")
+    given = load_rows(str(tmp_path / "rows.jsonl"), text=TEXT, label="label")
+    with pytest.raises(PlmccError, match="labels from 0 on"):
+        Evaluator(source.model, words(), source.pooling).compute("ndcg", given)
