@@ -92,20 +92,18 @@ class Selection:
 
     def choose(self, possible: list[Candidate], source: Source) -> Candidate:
         """Return the smallest that reaches the target, or the nearest to it."""
-        if not self.goal.judges:  # the best of what fits: large ones are better
-            tried = possible[-TRIALS[self.effort] :]
-            for one in reversed(tried):
-                self._try(one, source)
-            sign = 1 if lower_is_better(self.judged.metric) else -1
-            return min(tried, key=lambda one: (self._loss(one), sign * self._quality(one)))
         families: dict[str, list[Candidate]] = {}
         for one in possible:
             families.setdefault(one.name, []).append(one)
         if self.goal.asks("speed") or self.goal.asks("latency"):
             for family in families.values():
                 self._try_fast(family, source)
-            tried = [one for one in possible if one.key in self.done]
-            return min(tried, key=lambda one: (self._loss(one), one.size))
+            return self._best([one for one in possible if one.key in self.done])
+        if not self.goal.judges:  # the best of what fits: large ones are better
+            tried = possible[-TRIALS[self.effort] :]
+            for one in reversed(tried):
+                self._try(one, source)
+            return self._best(tried)
         tops = sorted((family[-1] for family in families.values()), key=lambda one: one.size)
         # The largest of all is the safest; then by bisection, as if good ones were the large ones.
         good = tops.pop() if self._good(tops[-1], source) else None
@@ -120,6 +118,17 @@ class Selection:
             self._good(one, source)
         tried = [one for one in possible if one.key in self.done]
         return min(tried, key=self._loss)
+
+    def _best(self, tried: list[Candidate]) -> Candidate:
+        """Return the one nearest to the target: the smallest of several, or, where the target does
+        not say how good it must be, the best."""
+        sign = 1 if lower_is_better(self.judged.metric) else -1
+
+        def rank(one: Candidate) -> tuple[tuple[float, float], float]:
+            last = one.size if self.goal.judges else sign * self._quality(one)
+            return self._loss(one), last
+
+        return min(tried, key=rank)
 
     def _smallest(self, sorted_: list[Candidate], source: Source) -> Candidate | None:
         """Return the smallest that is good, by bisection, as far as trials are left."""
