@@ -111,7 +111,7 @@ def other_files(
             continue
         if len(inner.parts) == 1 and path.name in anew:
             continue
-        reason = _LINK if _leaves(path, folder) else _why_left(path, code)
+        reason = _LINK if leaves(path, folder) else _why_left(path, code)
         weights, alone = reason == _OTHER_WEIGHTS, len(inner.parts) == 1
         if weights and str(inner.parent) in modules:
             reason = "" if path.suffix in _OF_MODULES else _PICKLED_REASON
@@ -130,7 +130,7 @@ _LINK = "a link that leads out of the directory"
 _PICKLED_REASON = "pickled objects, which an artifact must not hold"
 
 
-def _leaves(path: Path, folder: Path) -> bool:
+def leaves(path: Path, folder: Path) -> bool:
     """Whether a file is a link to what is not of the model: somebody else's model could name any
     file of this machine. The cache of the hub links to its blobs."""
     if not path.is_symlink():

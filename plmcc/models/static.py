@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from plmcc.data.pooling import MODULES
 from plmcc.diagnostics import error
+from plmcc.models.other_files import leaves
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 
@@ -64,8 +65,8 @@ def as_encoder(folder: Path) -> Path:
     from plmcc.vectors.model import WordVectors, WordVectorsConfig
 
     modules = _json(folder / MODULES)
-    listed = modules if isinstance(modules, list) else []
-    inner = folder / str(listed[0].get("path") or "") if listed else folder
+    listed = [one for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
+    inner = _inside(folder, listed[0]) if listed else folder
     try:
         tensors = load_file(inner / "model.safetensors")
         raw = Tokenizer.from_file(str(inner / "tokenizer.json"))
@@ -87,6 +88,19 @@ def as_encoder(folder: Path) -> Path:
     _write_tokenizer(raw, made)
     _write_modules(folder, listed, made)
     return made
+
+
+def _inside(folder: Path, module: Values) -> Path:
+    """The folder of a module; a model from somebody else could name any other.
+
+    Raises:
+        PlmccError: it is not in the directory of the model.
+    """
+    found = folder / str(module.get("path") or "")
+    if not found.resolve().is_relative_to(folder.resolve()):
+        message = "a module is not in the directory of the model"
+        raise error("PLM401", message, str(folder / MODULES), got=str(module.get("path")))
+    return found
 
 
 def _table(tensors: dict[str, Tensor], raw: Tokenizer) -> Tensor:
@@ -130,10 +144,13 @@ def _write_modules(folder: Path, listed: list[Values], made: Path) -> None:
     (pooling / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     modules = [("", f"{_LIBRARY}.Transformer"), (_POOLING, f"{_LIBRARY}.Pooling")]
     for values in listed[1:]:
-        path = str(values.get("path") or "")
-        modules.append((path, str(values["type"])))
-        if path and (folder / path).is_dir():
-            shutil.copytree(folder / path, made / path)
+        path = _inside(folder, values).relative_to(folder)
+        modules.append((path.as_posix(), str(values.get("type"))))
+        for file in (folder / path).rglob("*") if path.name else ():
+            if file.is_file() and not leaves(file, folder):
+                copy = made / file.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy)
     if not listed and _normalizes(folder):
         modules.append(("plmcc_normalize", f"{_LIBRARY}.Normalize"))
     written = [
@@ -142,7 +159,7 @@ def _write_modules(folder: Path, listed: list[Values], made: Path) -> None:
     ]
     (made / MODULES).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     for name in ("config_sentence_transformers.json", "README.md", "LICENSE"):
-        if (folder / name).is_file():
+        if (folder / name).is_file() and not leaves(folder / name, folder):
             shutil.copy(folder / name, made / name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -127,3 +128,36 @@ def test_a_broken_one_is_one_sentence(static: Path, tmp_path: Path, broken: str,
             target.write_bytes(b"{}" if file.name == broken else file.read_bytes())
     with pytest.raises(PlmccError, match=said):
         load_source(tmp_path)
+
+
+def copied(static: Path, folder: Path) -> Path:
+    shutil.copytree(static, folder)
+    return folder
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("path", ["../secret", "/tmp", "1_Normalize/../../secret"])
+def test_a_module_outside_of_the_directory_is_refused(
+    static: Path, tmp_path: Path, index: int, path: str
+) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/key.txt").write_text("not for others")
+    folder = copied(static, tmp_path / "model")
+    listed = json.loads((folder / "modules.json").read_text())
+    listed[index]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(PlmccError, match="not in the directory of the model"):
+        load_source(folder)
+
+
+def test_links_do_not_come_along(static: Path, tmp_path: Path) -> None:
+    (tmp_path / "key.txt").write_text("not for others")
+    folder = copied(static, tmp_path / "model")
+    (folder / "README.md").unlink()
+    for name in ("README.md", "LICENSE", "1_Normalize/notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(tmp_path / "key.txt")
+    source = load_source(folder)
+    assert source.folder is not None
+    texts = [f.read_bytes() for f in source.folder.rglob("*") if f.is_file()]
+    assert not any(b"not for others" in text for text in texts)
