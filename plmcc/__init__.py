@@ -99,14 +99,20 @@ class _AfterTransformers(MetaPathFinder, Loader):
     """
 
     _loader: Any = None
+    _looking = False
+    """Whether the others are being asked. It stays until transformers is imported: libraries look
+    for it without importing it."""
 
     def find_spec(
         self, fullname: str, path: object, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "transformers":
+        if fullname != "transformers" or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._looking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             self._loader, spec.loader = spec.loader, self
         return spec
@@ -116,6 +122,7 @@ class _AfterTransformers(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
+        sys.meta_path.remove(self)
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _register()

@@ -12,7 +12,6 @@ import typer
 
 from plmcc.cli.options import Artifact, Format, Output, print_json
 from plmcc.cli.recipes import check_model
-from plmcc.data.classification import RERANKING
 from plmcc.diagnostics import Diagnostic, PlmccError, did_you_mean, error
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def evaluate(
 ) -> None:
     """Score a model on labeled data, or an original and its result side by side."""
     _check_evaluation(models, data or [], metric or [], task, text)
-    metric = metric or (["ndcg"] if task == RERANKING else [])
+    metric = metric or (["ndcg"] if task == "reranking" else [])
     given: dict[str, object] = {"text": _one_or_more(text), "label": _one_or_more(label)}
     given |= {"limit": limit, "target": target}
     asked = functools.partial(_asked, metric or [], data or [], given, num_beams, tasks)

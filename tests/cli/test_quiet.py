@@ -30,3 +30,23 @@ def test_the_command_line_says_nothing_of_its_libraries(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"{file}:2:10: error PLM303")
+
+
+def test_looking_for_transformers_does_not_lose_the_registration() -> None:
+    """Libraries look whether it is installed, long before anything imports it."""
+    code = """
+import sys, importlib.util, plmcc
+for _ in range(2):
+    assert importlib.util.find_spec("transformers") is not None
+assert "transformers" not in sys.modules
+import transformers
+assert "plmcc.artifact.format" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_commands_are_there_without_the_libraries_of_data() -> None:
+    code = "import sys, plmcc.cli.app; print([n for n in ('torch', 'transformers', 'datasets', "
+    code += "'pyarrow', 'numpy') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
