@@ -133,31 +133,27 @@ def shrink(
     """Find the smallest result of a model that is still good, and write it.
 
     Args:
-        model: a directory, a hub id, or a model in memory.
-        tokenizer: of a model in memory.
+        model: a directory, a hub id, or a model in memory with its `tokenizer`.
         text: files of text like that the model will read.
         target: limits as of `plmcc shrink --target`.
         output: the directory of the result.
-        data: a file of labeled data, or the values of an `evaluate` section; without it, results
-            are compared with the original on text that is held out.
-        metric: what they are judged by; by default that of the task.
+        data: labeled data, or values of `evaluate`; by default, results are compared with the
+            original on text that is held out.
+        metric: by default that of the task.
         effort: `quick` trains nothing, `normal` some hundred steps, `best` four times as many.
-        recipes: files to choose from; by default the shipped recipes.
-        runtime: what size, speed and quality are measured in: `torch`, or `onnx` for int8 files in
-            onnxruntime, which are written to `OUTPUT.onnx`; `auto` is `onnx` for encoders where the
-            target has a limit of speed.
+        recipes: files to choose from; by default the shipped ones.
+        runtime: as of `plmcc shrink --runtime`; ONNX files are written to `OUTPUT.onnx`.
         overwrite: replace an existing directory.
-        log: called with every line for the user.
 
     Raises:
-        PlmccError: the model or the data cannot be read, or the target is not one.
+        PlmccError: as `find`.
     """
     texts = [str(one) for one in ([text] if isinstance(text, (str, Path)) else text)]
-    values = {"data": data} if isinstance(data, str) else data
+    given = {"data": data} if isinstance(data, str) else data
+    rest = (texts, target, given, metric, effort, recipes, runtime, log)
     place = free(output_place(Path(output)), overwrite)
     with tempfile.TemporaryDirectory(prefix="plmcc-shrink-") as folder:
-        name = _on_disk(model, tokenizer, Path(folder))
-        asked = Asked(name, texts, target, values, metric, effort, recipes, runtime, log)
+        asked = Asked(_on_disk(model, tokenizer, Path(folder)), *rest)
         return find(asked, place, overwrite=overwrite)
 
 
@@ -291,20 +287,30 @@ def _data(asked: Asked, source: Source, work: Path, dry_run: bool) -> tuple[list
     held = work / "held_out.txt"
     if dry_run:
         return files, _evaluate(metric, {"data": files[0]})
+    rest = _held_out(asked, source, files, held)
+    return [str(rest.resolve())], _evaluate(metric, {"data": str(held.resolve())})
+
+
+def _held_out(asked: Asked, source: Source, files: list[str], held: Path) -> Path:
+    """Write every so many lines of the text to `held`, and return the file of the others.
+
+    Raises:
+        PlmccError: the text is too short, or unknown to the tokenizer.
+    """
     lines = [line for file in files for line in load_rows(file).texts()]
     if len(lines) < 2 * _HELD_OUT:
         message = "the text is too short to hold a part of it out"
         given, allowed = f"{len(lines)} lines", f"at least {2 * _HELD_OUT} lines"
         raise error("PLM301", message, ", ".join(asked.text), got=given, allowed=allowed)
     _check_known(source, lines[:_MOST], ", ".join(asked.text))
-    work.mkdir(parents=True, exist_ok=True)
+    held.parent.mkdir(parents=True, exist_ok=True)
     step = max(_HELD_OUT, len(lines) // _MOST)
-    rest = work / "text.txt"
+    rest = held.with_name("text.txt")
     plain = [" ".join(line.split()) for line in lines]
     held.write_text("\n".join(plain[step - 1 :: step]) + "\n", encoding="utf-8")
     kept = [line for index, line in enumerate(plain) if index % step != step - 1]
     rest.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    return [str(rest.resolve())], _evaluate(metric, {"data": str(held.resolve())})
+    return rest
 
 
 def _words(source: Source, work: Path, dry_run: bool) -> Path:

@@ -298,7 +298,7 @@ class Evaluate(Node):
     metric: Annotated[
         Metric,
         WrapValidator(_metric),
-        WithJsonSchema({"anyOf": [{"enum": get_args(Metric)}, {"pattern": _OF_LIBRARIES}]}),
+        WithJsonSchema({"anyOf": [{"enum": [*get_args(Metric)]}, {"pattern": _OF_LIBRARIES}]}),
     ]
     """What is computed; `fidelity` and `kl_divergence` compare with the original model. `f1` counts
     words of answers (question answering, like `exact_match`), entities (token classification),
