@@ -75,6 +75,9 @@ PASSES = {
     "quantized_linears, int8": "quantized_linears: {scheme: int8}",
     "quantized_linears, int4": "quantized_linears: {scheme: int4}",
     "optimum": "optimum",
+    "structured_pruning": (
+        "structured_pruning: {target: {parameters: 0.8}, multiple_of: 4, uniform: false}"
+    ),
 }
 _SIZES = {
     "vocab_size": 99,

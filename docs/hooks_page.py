@@ -16,6 +16,7 @@ PAGE = Path(__file__).with_name("hooks.md")
 WHEN = {
     "Pass.needs_training": "when a recipe is checked, before torch is imported",
     "Pass.needs_data": "when a recipe is checked, before torch is imported",
+    "Pass.calibrates_on": "when the recipe's data is read, and by `check`",
     "Pass.speed_target": "before the run, to keep the original, and at its end",
     "Pass.reads": "when a run starts, for its provenance, and when a stage is looked for again",
     "Pass.prepare": "once, before data is encoded, with the loaded model and its tokenizer",

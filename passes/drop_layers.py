@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -25,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from plmcc.api import Call, Hard, Miss, Pass, Planned, Program, Site, Soft, StackSite, Values
 from plmcc.kit import matched_stacks
+from plmcc.kit.configured import check_readable, live_configs
 from plmcc.kit.graphs import stack_depths
 
 Index = Annotated[int, Field(ge=0)]
@@ -170,7 +170,7 @@ def _drop(model: PreTrainedModel, path: str, kept: list[int]) -> None:
             module = dict(layer.named_modules()).get(name)
             if module is not None and attribute in vars(module):
                 setattr(module, attribute, first + index)
-    for live, values in zip(_configs(model), resized, strict=True):
+    for live, values in zip(live_configs(model), resized, strict=True):
         for name, value in values.items():
             setattr(live, name, value)
 
@@ -195,12 +195,6 @@ def _numbers(stack: nn.ModuleList) -> list[tuple[str, str, int]]:
     return found
 
 
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return the different configuration objects of a model and the models in it."""
-    found = {id(p.config): p.config for p in model.modules() if isinstance(p, PreTrainedModel)}
-    return list(found.values())
-
-
 def _resized(model: PreTrainedModel, path: str, kept: list[int]) -> list[Values] | None:
     """Return what each configuration has to say for the stack to have the kept layers.
 
@@ -215,23 +209,15 @@ def _resized(model: PreTrainedModel, path: str, kept: list[int]) -> list[Values]
         config = copy.deepcopy(model.config)
         _shorten(config, name, depth, kept, lists)
         try:
-            _check_read(config)
+            check_readable(config)
             with torch.device("meta"):
                 trial = type(model)._from_config(config)
         except Exception:  # whatever a configuration or model makes of values that do not fit
             continue
         if stack_depths(trial) == wanted:
-            pairs = zip(_configs(model), _configs(trial), strict=True)
+            pairs = zip(live_configs(model), live_configs(trial), strict=True)
             return [_changes(live, new) for live, new in pairs]
     return None
-
-
-def _check_read(config: PreTrainedConfig) -> None:
-    """Read a configuration as from a file: some check there what they do not check in memory."""
-    values = config.to_dict()
-    for name in ("model_type", "base_model_type", "quantization_config"):
-        values.pop(name, None)
-    type(config).from_dict(json.loads(json.dumps(values)))
 
 
 def _shorten(config: PreTrainedConfig, name: str, depth: int, kept: list[int], lists: str) -> None:

@@ -97,6 +97,11 @@ class Pass(BaseModel):
         not. A recipe without data is then refused before anything is done."""
         return ""
 
+    def calibrates_on(self) -> list[str]:
+        """Return the files of raw text that the pass measures on, where it names its own: a recipe
+        without `calibrate` then gets one with these."""
+        return []
+
     def speed_target(self) -> tuple[float, int, int] | None:
         """Return how many times faster the model is to get, at which batch size and sequence length
         (tokens); None where the options ask for no speed. The finished model is measured there, and

@@ -32,10 +32,11 @@ from plmcc.api import (
     Soft,
     refuse_unused,
 )
+from plmcc.kit.heads import resize
+from plmcc.kit.parts import Attention, Parts
 from plmcc.passes.movement_pruning.compact import Compacted
-from plmcc.passes.movement_pruning.deployed import empty, resize, store
+from plmcc.passes.movement_pruning.deployed import empty, store
 from plmcc.passes.movement_pruning.masks import PruningSettings, PruningState
-from plmcc.passes.movement_pruning.parts import Attention, Parts
 from plmcc.passes.movement_pruning.scores import Sensitivity
 from plmcc.passes.movement_pruning.site import PrunableSite, plan_layer, prunable_sites
 from plmcc.passes.movement_pruning.targets import with_densities

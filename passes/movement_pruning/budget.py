@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import nn
 
+from plmcc.kit.parts import Attention, Parts, matrix
 from plmcc.passes.movement_pruning.groups import Scored
-from plmcc.passes.movement_pruning.parts import Attention, Parts, matrix
 
 TOLERANCE = 0.03
 """How far, relative to the target, the result may be off for what stays is whole groups."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from plmcc.api import Bars, Points
+from plmcc.kit.parts import Parts
 from plmcc.passes.movement_pruning.compact import Compacted, Matrix
-from plmcc.passes.movement_pruning.parts import Parts
 
 _POINTS = 500  # of a matrix
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plmcc.passes.movement_pruning.parts import Activation, Attention, Network, Parts
+from plmcc.kit.parts import Activation, Attention, Network, Parts
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from plmcc.passes.movement_pruning.parts import Attention, Parts, matrix
+from plmcc.kit.parts import Attention, Parts, matrix
 from plmcc.passes.movement_pruning.scores import ScoreLayout
 
 _KINDS = {

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from plmcc.api import Calibration, CalibrationData, Program, Values, error
 from plmcc.kit import positions_of, probe_inputs
+from plmcc.kit.heads import resize
+from plmcc.kit.parts import Attention, Network, Parts, matrix
 from plmcc.passes.movement_pruning.compact import Compacted, Matrix, without_empty
-from plmcc.passes.movement_pruning.deployed import resize, store
-from plmcc.passes.movement_pruning.parts import Attention, Network, Parts, matrix
+from plmcc.passes.movement_pruning.deployed import store
 
 Clock = Callable[[], float]
 _HEADS = 16  # up to so many, every number of heads is timed

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plmcc.api import Objective, State
+from plmcc.kit.parts import matrix
 from plmcc.passes.movement_pruning.budget import DensitySearch, PenaltyController
-from plmcc.passes.movement_pruning.parts import matrix
 from plmcc.passes.movement_pruning.scores import (
     L0_CLOSED,
     L0_START,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from plmcc.api import Miss, Program, Site, Values
+from plmcc.kit.parts import Attention, Parts, by_path, matrix, read
 from plmcc.passes.movement_pruning.groups import Scored, plans, scored
 from plmcc.passes.movement_pruning.latency import Times
 from plmcc.passes.movement_pruning.masks import PruningSettings, PruningState
-from plmcc.passes.movement_pruning.parts import Attention, Parts, by_path, matrix, read
 from plmcc.passes.movement_pruning.scores import kept_of
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from plmcc.api import Miss, Program
+from plmcc.kit.parts import Attention, Network, Parts
 from plmcc.passes.movement_pruning.budget import (
     TOLERANCE,
     Budget,
@@ -22,7 +23,6 @@ from plmcc.passes.movement_pruning.budget import (
 from plmcc.passes.movement_pruning.groups import Scored
 from plmcc.passes.movement_pruning.latency import Curve, Times, measure
 from plmcc.passes.movement_pruning.masks import PruningState
-from plmcc.passes.movement_pruning.parts import Attention, Network, Parts
 from plmcc.passes.movement_pruning.site import PrunableSite
 
 _FINE = 240  # steps of a density when times are turned back into it

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plmcc.api import Bars, Call, Hard, Objective, Points, Program, Soft, State, Values, error
+from plmcc.kit.parts import Attention, Parts, matrix, plain
 from plmcc.passes.movement_pruning.charts import Learned, charts
 from plmcc.passes.movement_pruning.compact import (
     Compacted,
@@ -19,7 +20,6 @@ from plmcc.passes.movement_pruning.compact import (
     without_empty,
 )
 from plmcc.passes.movement_pruning.masks import Masked, PruningState, ScoreGroup, score_group_of
-from plmcc.passes.movement_pruning.parts import Attention, Parts, matrix, plain
 from plmcc.passes.movement_pruning.site import PrunableSite
 
 _NOISE = 0.01

@@ -188,8 +188,9 @@ def _sections(
             yield data, data.train, data.target
             if data.eval:
                 yield data, data.eval, data.eval_target
-    if recipe.calibrate is not None:
-        asked = recipe.calibrate.as_data()
+    measured = recipe.calibration()
+    if measured is not None:
+        asked = measured.as_data()
         yield asked, asked.train, asked.target
     for metric in recipe.evaluate:
         if metric.data:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from plmcc.data import question_answering, token_classification
 from plmcc.data.classification import targets_of
 from plmcc.data.rows import Rows
+from plmcc.diagnostics import error
 from plmcc.utils.types import Values
 
 
@@ -47,6 +48,26 @@ def encode(
         return _labeled_pairs(rows, tokenize)
     return Dataset.from_dict(
         tokenize([text for c in range(len(rows.text)) for text in rows.texts(c)])
+    )
+
+
+def packed(rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """Join texts, an end token after each, and cut them into windows of as many tokens each.
+
+    Raises:
+        PlmccError: there are fewer tokens than a window has.
+    """
+    texts = [text for column in range(len(rows.text)) for text in rows.texts(column)]
+    end = tokenizer.eos_token_id
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [i for text in encoded for i in (*text, *([] if end is None else [end]))]
+    windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    if not windows:
+        message = "the text is shorter than one window"
+        allowed = f"at least {length} tokens"
+        raise error("PLM301", message, rows.source, got=f"{len(ids)} tokens", allowed=allowed)
+    return Dataset.from_dict(
+        {"input_ids": windows, "attention_mask": [[1] * length] * len(windows)}
     )
 
 

@@ -50,7 +50,8 @@ WINDOWED = (question_answering.TASK, token_classification.TASK)
 """Tasks whose labels are places in a text, and whose texts are read in windows."""
 
 
-LANGUAGE = ("fill-mask", "text-generation", "translation")
+GENERATION = "text-generation"
+LANGUAGE = ("fill-mask", GENERATION, "translation")
 """Tasks whose outputs are tokens."""
 
 

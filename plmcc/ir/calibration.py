@@ -126,8 +126,10 @@ class Calibration:
         """Whether this is a plan: statistics then have shapes and no values."""
         return self.data.planned
 
-    def run(self) -> None:
-        """Run the model on all batches.
+    def run(self, gradients: bool = False) -> None:
+        """Run the model on all batches; with gradients, backwards too, from the loss of the task or
+        the mean square of the output. Parameters then have no gradients: hooks give inputs that
+        need one.
 
         Raises:
             PlmccError: there is no data.
@@ -139,16 +141,31 @@ class Calibration:
         model, mode = self.model, self.model.training
         known = inspect.signature(model.forward).parameters
         options = {"use_cache": False} if "use_cache" in known else {}
+        frozen = [p for p in model.parameters() if gradients and p.requires_grad]
         try:
             model.eval()
-            with torch.no_grad():
-                for batch in self.data.batches:
-                    given = {name: value.to(model.device) for name, value in batch.items()}
-                    self._mask = given.get("attention_mask")
-                    model(**given, **options)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            for number, batch in enumerate(self.data.batches):
+                given = {name: value.to(model.device) for name, value in batch.items()}
+                with torch.set_grad_enabled(gradients), self.masked(number):
+                    output: Any = model(**given, **options)
+                    if gradients:
+                        _loss(output).backward()
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            model.train(mode)
+
+    @contextmanager
+    def masked(self, batch: int) -> Iterator[None]:
+        """Let `real_tokens` know the padding of a batch, given by its number, while a part of the
+        model runs on it."""
+        self._mask = self.data.batches[batch].get("attention_mask")
+        try:
+            yield
         finally:
             self._mask = None
-            model.train(mode)
 
     def observe(
         self, modules: Iterable[nn.Module], note: Callable[[nn.Module, Call], None]
@@ -219,6 +236,15 @@ class Calibration:
         if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
             return x[mask.bool()].float()
         return x.flatten(0, -2).float()
+
+
+def _loss(output: Any) -> Tensor:
+    """Return the loss of the task, or the mean square of the first output."""
+    loss: Tensor | None = getattr(output, "loss", None)
+    if loss is None:
+        first: Tensor = output[0]
+        loss = first.float().square().mean()
+    return loss
 
 
 def _shape(kind: Kind, site: LinearSite) -> tuple[int, ...]:

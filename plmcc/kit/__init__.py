@@ -6,6 +6,7 @@ from plmcc.ir.sharing import unlike
 from plmcc.kit.attention import beams_as_queries, bias_of_places, queries_as_beams
 from plmcc.kit.integers import check_counts, check_range, check_starts
 from plmcc.kit.linear import HardLinear, matched_linears, weight_of
+from plmcc.kit.replay import Replay
 from plmcc.kit.soft import Trainable
 from plmcc.kit.stacks import matched_stacks
 from plmcc.kit.tables import (
@@ -29,6 +30,7 @@ __all__ = [
     "HardLinear",
     "LearningRate",
     "Progress",
+    "Replay",
     "Table",
     "Trainable",
     "beams_as_queries",

@@ -179,8 +179,9 @@ def stage_keys(recipe: Recipe, data: StageData) -> tuple[str, ...]:
     taught = {key: model_digest(teacher) for key, teacher in teachers.items()}
     digests = {name: _data_digest(one, taught) for name, one in datasets.items()}
     measured = ""
-    if recipe.calibrate is not None and data.calibrated_on is not None:
-        measured = f"{recipe.calibrate.rows} {_data_digest(data.calibrated_on, {})}"
+    asked = recipe.calibration()
+    if asked is not None and data.calibrated_on is not None:
+        measured = f"{asked.rows} {_data_digest(data.calibrated_on, {})}"
     for index, stage in enumerate(steps):
         own = stage.model_dump(mode="json", exclude={"train": {"data"}})  # it counts as encoded
         so_far.update(json.dumps(own, sort_keys=True).encode())

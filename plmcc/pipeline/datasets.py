@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from plmcc.data import chat, classification, question_answering, token_classification
 from plmcc.data.check import rows_of
 from plmcc.data.collate import collator
-from plmcc.data.encoding import encode
+from plmcc.data.encoding import encode, packed
 from plmcc.data.rows import SYNTHETIC, Rows, synthetic_rows
+from plmcc.data.tasks import GENERATION
 from plmcc.data.token_classification import named_labels
 from plmcc.diagnostics import Location, error
 from plmcc.evaluation.evaluator import check_metric
@@ -73,8 +74,9 @@ def load_data(recipe: Recipe, source: Source, base: Path | None) -> StageData:
             training[stage.name], more = training_data_of(stage, recipe, source, base)
             notes += more
     source = replace(source, notes=tuple(notes))
-    if recipe.calibrate is not None:
-        return _calibrated(recipe, recipe.calibrate, source, training, base)
+    asked = recipe.calibration()
+    if asked is not None:
+        return _calibrated(recipe, asked, source, training, base)
     drawn = {
         stage.name: calibration_data(
             training[stage.name], source.tokenizer, synthetic=stage.train.data.train == SYNTHETIC
@@ -93,7 +95,10 @@ def _calibrated(
     base: Path | None,
 ) -> StageData:
     """Return the same with one set of calibration data for all stages."""
-    data, notes = _data(asked.as_data(), "calibrate", recipe, source, base)
+    wanted = asked.as_data()
+    if recipe.calibrate is None and source.task != GENERATION:  # of a pass: lines of text
+        wanted = wanted.model_copy(update={"pack": False})
+    data, notes = _data(wanted, "calibrate", recipe, source, base)
     synthetic = asked.data == SYNTHETIC
     if synthetic and any(p.needs_data() for stage in recipe.steps() for p in stage.passes):
         notes.append("what passes measure is measured on random token ids (`calibrate`)")
@@ -192,14 +197,15 @@ def _encoded(
             got=source.task,
             hint=hint,
         )
-    if data.stride is not None and source.task != question_answering.TASK:
-        raise error(
-            "PLM303",
-            f"`stride` has no effect on {source.task}",
-            f"{key}.stride",
-            got=str(data.stride),
-            hint="remove it",
-        )
+    unused = {
+        "stride": data.stride is not None and source.task != question_answering.TASK,
+        "pack": data.pack and source.task != GENERATION,
+    }
+    for name, given in unused.items():
+        if given:
+            message, value = f"`{name}` has no effect on {source.task}", getattr(data, name)
+            given_as = str(value).lower()
+            raise error("PLM303", message, f"{key}.{name}", got=given_as, hint="remove it")
     rows = source_rows(source, data, names, base, target)
     length, notes = source.max_length(data.max_length), []
     if "max_length" in data.model_fields_set and length < data.max_length:
@@ -209,6 +215,8 @@ def _encoded(
         notes.append(f"{rows.skipped} rows of {rows.source} without text are left out")
     if source.task == "translation":
         check_end(source)
+    if data.pack:
+        return packed(rows, tokenizer, length), notes
     encoded = encode(rows, source.task, tokenizer, length, source.model.config, data.stride)
     return encoded, notes
 

@@ -199,7 +199,7 @@ def _check_trained(recipe: Recipe, _: Source) -> None:
 def _check_data(recipe: Recipe, source: Source) -> None:
     """Check that the model fits the sections that give it data."""
     trained = any(stage.train for stage in recipe.steps())
-    asked = {"train": trained, "calibrate": recipe.calibrate, "evaluate": recipe.evaluate}
+    asked = {"train": trained, "calibrate": recipe.calibration(), "evaluate": recipe.evaluate}
     for key, section in asked.items():
         if section:
             check_architecture(source, key)

@@ -243,7 +243,7 @@ def _stage(
     """Match the rules of a stage, all before any of them changes the model, and then carry them
     out."""
     later = any(stage.train for stage in recipe.steps()[number:])
-    data = CalibrationData(planned=recipe.calibrate is not None or later)
+    data = CalibrationData(planned=recipe.calibration() is not None or later)
     taken: dict[str, str] = {}
     rules: list[Rule] = []
     found: list[tuple[int, Pass, list[Site]]] = []

@@ -22,6 +22,7 @@ from plmcc.recipe.document import Document, Steps
 from plmcc.recipe.metrics import METRICS_OF_TASKS, RANKING, is_of
 from plmcc.recipe.search_space import Search
 from plmcc.recipe.sections import (
+    OF_PASSES,
     Calibrate,
     Evaluate,
     Lower,
@@ -169,6 +170,17 @@ class Recipe(Node):
         return [(self._written()[0], ())] if self.passes or self.train else []
 
     @model_validator(mode="after")
+    def _calibration_is_said_once(self) -> Recipe:
+        for step, at in self._steps_at():
+            for index, chosen in enumerate(step.passes):
+                if self.calibrate is not None and chosen.calibrates_on():
+                    message = "`text` of the pass and `calibrate` both say what is measured on"
+                    name = catalog.name_of(type(chosen))
+                    place = (*at, "passes", index, name, "text")
+                    raise invalid("PLM108", message, *place, hint="remove one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _stages_differ(self) -> Recipe:
         names = [stage.name for stage in self.stages or []]
         for index, name in enumerate(names):
@@ -185,6 +197,15 @@ class Recipe(Node):
         chosen: Any = self._pass_class(_QUANTIZATION)
         last = Stage(name="quantize", passes=[chosen(scheme=self.lower.quantize)])
         return [*self._written(), last]
+
+    def calibration(self) -> Calibrate | None:
+        """Return what passes measure the model on: `calibrate`, or the text that passes name."""
+        named = [
+            file for step in self.steps() for one in step.passes for file in one.calibrates_on()
+        ]
+        if self.calibrate is not None or not named:
+            return self.calibrate
+        return Calibrate(data=list(dict.fromkeys(named)), **OF_PASSES)
 
     def _written(self) -> list[Stage]:
         if self.stages is not None:

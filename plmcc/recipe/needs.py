@@ -29,7 +29,7 @@ def check_calibrated(recipe: Recipe) -> None:
     """
     steps = recipe.steps()
     for number, stage in enumerate(steps):
-        if recipe.calibrate is not None or any(later.train for later in steps[number:]):
+        if recipe.calibration() is not None or any(later.train for later in steps[number:]):
             continue
         for index, chosen in enumerate(stage.passes):
             if reason := chosen.needs_data():

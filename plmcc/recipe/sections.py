@@ -141,6 +141,9 @@ class Data(Node):
     stride: NonNegativeInt | None = None
     """Question answering: tokens that two windows of a long context have in common; by default a
     third of `max_length`."""
+    pack: bool = False
+    """Text generation: the texts are joined, an end token after each, and cut into windows of
+    `max_length` tokens, so that no batch is padded."""
     limit: PositiveInt | None = None
     """Use at most this many rows."""
     synthetic: Synthetic | None = None
@@ -177,6 +180,8 @@ class Calibrate(Node):
     that say by 0 or 1 whether a row has the label of their name."""
     max_length: Annotated[int, Field(ge=4)] = 128
     """Tokens after which a text is cut."""
+    pack: bool = False
+    """Text generation: the texts are joined and cut into windows, as in `train.data`."""
     rows: PositiveInt = 480
     """Number of rows that are drawn, by the recipe's seed."""
     limit: PositiveInt | None = None
@@ -193,9 +198,13 @@ class Calibrate(Node):
 
     def as_data(self) -> Data:
         """Return the same as data of a stage."""
-        names = ("target", "text", "label", "max_length", "limit", "synthetic")
+        names = ("target", "text", "label", "max_length", "pack", "limit", "synthetic")
         given = {name: getattr(self, name) for name in names if name in self.model_fields_set}
         return Data(train=self.data, **given)
+
+
+OF_PASSES: Values = {"max_length": 512, "rows": 64, "pack": True}
+"""How text is read that a pass names for itself."""
 
 
 class Sequences(Node):

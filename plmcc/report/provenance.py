@@ -72,7 +72,7 @@ def named_data(recipe: Recipe) -> list[str]:
         if s
     ]
     named += [s for stage in recipe.steps() for chosen in stage.passes for s in chosen.reads()]
-    asked_for = recipe.calibrate
+    asked_for = recipe.calibration()
     named += [s for s in (asked_for.data, asked_for.target) if s] if asked_for else []
     named += [s for asked in recipe.evaluate for s in (asked.data, asked.target) if s]
     if isinstance(recipe.model, Scratch) and isinstance(recipe.model.tokenizer, TrainTokenizer):

@@ -182,8 +182,9 @@ def shorten(
     stages = [shorter(stage) for stage in recipe.steps()]
     metrics = [_short_figure(f) for f in recipe.evaluate if _there(f, base, notes)]
     update: Values = {"stages": stages, "passes": [], "train": None, "evaluate": metrics}
-    if recipe.calibrate is not None:
-        update["calibrate"] = _short_calibration(recipe.calibrate, source, base, folder, notes)
+    measured = recipe.calibration()
+    if measured is not None and recipe.calibrate is not None:
+        update["calibrate"] = _short_calibration(measured, source, base, folder, notes)
     return recipe.model_copy(update=update | {"lower": None})
 
 

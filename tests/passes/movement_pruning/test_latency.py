@@ -17,11 +17,11 @@ from plmcc.api import Site
 from plmcc.ir.calibration import CalibrationData
 from plmcc.ir.probes import probe_inputs
 from plmcc.ir.program import Program
+from plmcc.kit.parts import by_path, read
 from plmcc.passes.movement_pruning import MovementPruning
 from plmcc.passes.movement_pruning import latency as _latency
 from plmcc.passes.movement_pruning import targets as _aimed
 from plmcc.passes.movement_pruning.latency import Curve, Times, _cut, measure
-from plmcc.passes.movement_pruning.parts import by_path, read
 from plmcc.rewrite import harden_all, match, replace_all
 from support.pruning import prunable
 from support.tiny_models import tiny

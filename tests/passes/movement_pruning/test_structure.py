@@ -14,10 +14,10 @@ import plmcc
 from plmcc.artifact.size import module_bytes
 from plmcc.artifact.verify import check_cache, outputs
 from plmcc.ir.calibration import CalibrationData
+from plmcc.kit.parts import Attention, Parts, matrix
 from plmcc.passes.movement_pruning import MovementPruning
 from plmcc.passes.movement_pruning.deployed import Constant, Zeros
 from plmcc.passes.movement_pruning.masks import Masked
-from plmcc.passes.movement_pruning.parts import Attention, Parts, matrix
 from plmcc.passes.movement_pruning.storage import FORMS, SparseLinear, index_type, stored_bytes
 from plmcc.rewrite import Replacement, harden_all, match, replace_all
 from support.pruning import prunable

@@ -1,5 +1,7 @@
-"""What movement pruning may prune in a layer: its attention blocks and feed-forward networks, with
-their linears (a helper of the pass, not a pass)."""
+"""What can be pruned in a layer: attention blocks and feed-forward networks, with their linears.
+
+For passes that remove heads, neurons or weights.
+"""
 
 from __future__ import annotations
 
