@@ -58,7 +58,8 @@ class Reader:
         if self.biased:
             x_TN = torch.cat([x_TN, x_TN.new_ones(len(x_TN), 1)], 1)
         x_TN = x_TN * states_TD.square().mean(1, keepdim=True).clamp(min=1e-12).rsqrt()
-        self.second_moment_NN += (x_TN.T @ x_TN).double()
+        with torch.autocast(x_TN.device.type, enabled=False):
+            self.second_moment_NN += (x_TN.T @ x_TN).double()
         self.tokens += len(x_TN)
 
     def _inputs(self, groups: Tensor) -> Tensor:

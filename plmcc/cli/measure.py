@@ -127,6 +127,14 @@ _Target = Annotated[
 ]
 _Task = Annotated[str, typer.Option(help="The task; by default what the model's head is for.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many rows.")]
+_Context = Annotated[
+    int | None,
+    typer.Option(min=2, help="Text generation: join the texts, in windows of so many tokens."),
+]
+_Stride = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --context: tokens from one window to the next."),
+]
 _Beams = Annotated[int, typer.Option(min=1, help="For bleu and chrf: width of the beam search.")]
 
 
@@ -140,6 +148,8 @@ def evaluate(
     task: _Task = "auto",
     limit: _Limit = None,
     num_beams: _Beams = 4,
+    context: _Context = None,
+    stride: _Stride = None,
     tasks: _Tasks = None,
     output: Output = Format.text,
 ) -> None:
@@ -147,7 +157,7 @@ def evaluate(
     _check_evaluation(models, data or [], metric or [], task, text)
     metric = metric or (["ndcg"] if task == "reranking" else [])
     given: dict[str, object] = {"text": _one_or_more(text), "label": _one_or_more(label)}
-    given |= {"limit": limit, "target": target}
+    given |= {"limit": limit, "target": target, "context": context, "stride": stride}
     asked = functools.partial(_asked, metric or [], data or [], given, num_beams, tasks)
     try:
         chosen, values = _scores(models, task, asked)

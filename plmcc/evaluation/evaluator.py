@@ -95,11 +95,14 @@ class Evaluator:
         num_beams: int = 4,
         max_new_tokens: int = 128,
         original_tokenizer: PreTrainedTokenizerBase | None = None,
+        window: tuple[int, int] | None = None,
     ) -> None:
         self.search = (num_beams, max_new_tokens)
         self.model, self.tokenizer = model.eval(), padding(tokenizer)
         self.pooling, self.original = pooling, original
         self.original_tokenizer = original_tokenizer or tokenizer
+        self.window = window
+        """Length and stride in tokens, where texts are joined."""
         self.max_length, self.task = max_length, task_of(type(model).__name__)
         self.kind = classification.kind_of(model.config)
         head = model.get_output_embeddings()
@@ -325,9 +328,43 @@ class Evaluator:
             for _, batch in self._padded(columns, collator(self.task, self.tokenizer)):
                 yield batch, batch.pop("labels")
             return
+        if self.window is not None:
+            yield from self._windows(rows)
+            return
         for _, batch in self._batches(rows.texts(), special=not rows.verbatim):
             padding_BL = batch["attention_mask"][:, 1:] == 0
             yield batch, batch["input_ids"][:, 1:].masked_fill(padding_BL, -100)
+
+    def _windows(self, rows: Rows) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Windows of the joined texts, and what is to be predicted (-100: what was counted in the
+        window before). Each begins with the token that the tokenizer puts before a text."""
+        assert self.window is not None
+        length, stride = self.window
+        text = "\n".join(rows.texts())
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        start = self.tokenizer.bos_token_id
+        begins = start is not None and self.tokenizer(text[:1])["input_ids"][:1] == [start]
+        first, size = ([start], length - 1) if begins else ([], length)
+        stride = min(stride, size)
+        if len(ids) < 2:
+            message = "there is nothing to predict in the text"
+            raise error("PLM302", message, rows.source, got=f"{len(ids)} tokens")
+        windows: list[list[int]] = []
+        counted: list[int] = []
+        done = 0
+        while done < len(ids):
+            end = min(max(done + stride, size), len(ids))
+            windows.append([*first, *ids[max(0, end - size) : end]])
+            counted.append(end - done)
+            done = end
+        inputs = {"input_ids": windows, "attention_mask": [[1] * len(one) for one in windows]}
+        for order, batch in self._padded(inputs, collator("feature-extraction", self.tokenizer)):
+            targets_BL = torch.full_like(batch["input_ids"], -100)
+            for row, index in enumerate(order):
+                last = int(batch["attention_mask"][row].nonzero()[-1]) + 1
+                new = slice(last - counted[index], last)
+                targets_BL[row, new] = batch["input_ids"][row, new]
+            yield batch, targets_BL[:, 1:]
 
     def _forced(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
         """Batches of sources and references, as the decoder is trained on them."""
@@ -410,6 +447,11 @@ class Evaluator:
         """Batches, and where there is something to predict in them."""
         if self.model.config.is_encoder_decoder:
             yield from ((batch, batch["labels"] != -100) for batch in self._forced(rows))
+            return
+        if self.window is not None:
+            for batch, targets_BL in self._windows(rows):
+                last_B1 = torch.zeros_like(targets_BL[:, :1], dtype=torch.bool)
+                yield batch, torch.cat([targets_BL != -100, last_B1], 1)
             return
         columns = [rows.texts(column) for column in range(len(rows.text))]
         for _, batch in self._batches(*columns, special=not rows.verbatim):

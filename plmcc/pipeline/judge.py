@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from plmcc.catalog.registry import name_of
 from plmcc.data import question_answering
 from plmcc.data.rows import Rows
-from plmcc.data.tasks import LANGUAGE
+from plmcc.data.tasks import GENERATION, LANGUAGE
 from plmcc.diagnostics import error, listing
 from plmcc.evaluation.evaluator import Evaluator
 from plmcc.evaluation.latency import Latency, measure
@@ -93,7 +93,7 @@ def scores(
         search = (one.num_beams, one.max_new_tokens)
         theirs = (original.model, original.tokenizer) if original else (None, None)
         given = (source.model, tokenizer, source.pooling, theirs[0], length, *search, theirs[1])
-        evaluator = Evaluator(*given)
+        evaluator = Evaluator(*given, window=_windows(one, source))
         if table is not None:
             found.append(evaluator.compute(one.metric, table))
         elif library_of(one.metric) == "mteb":
@@ -102,6 +102,24 @@ def scores(
             wanted = (one.tasks, one.limit)
             found.append(lm_eval_score(one.metric, source.model, tokenizer, *wanted))
     return found
+
+
+def _windows(asked: Evaluate, source: Source) -> tuple[int, int] | None:
+    """Return the length and the stride of windows that a metric is computed on.
+
+    Raises:
+        PlmccError: the model has another task, or reads no windows as long.
+    """
+    if asked.context is None:
+        return None
+    if source.task != GENERATION:
+        message = f"`context` has no effect on {source.task}: its texts are read one by one"
+        raise error("PLM303", message, "evaluate.context", got=str(asked.context))
+    longest = source.max_length(asked.context)
+    if longest < asked.context:
+        message, given = "the model reads no windows as long", str(asked.context)
+        raise error("PLM303", message, "evaluate.context", got=given, allowed=f"at most {longest}")
+    return asked.context, asked.stride or asked.context
 
 
 def evaluate(

@@ -38,6 +38,8 @@ METRICS_OF_TASKS: dict[str, tuple[str, ...]] = {
     "question-answering": ("exact_match", "f1", "fidelity"),
     "token-classification": ("f1", "accuracy", "fidelity"),
 }
+OF_WINDOWS = ("perplexity", "kl_divergence", "fidelity")
+"""Metrics that windows of joined texts can be read for, in text generation."""
 DEFAULT_METRICS = {
     "sentence-similarity": "spearman",
     "feature-extraction": "spearman",

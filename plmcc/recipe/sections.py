@@ -23,7 +23,7 @@ from pydantic import (
 
 from plmcc.pass_base import invalid as invalid
 from plmcc.recipe import training_arguments
-from plmcc.recipe.metrics import Metric, library_of
+from plmcc.recipe.metrics import OF_WINDOWS, Metric, library_of
 from plmcc.utils.types import Values
 
 if TYPE_CHECKING:
@@ -335,6 +335,25 @@ class Evaluate(Node):
     """For `bleu` and `chrf`: width of the beam search; 1 is greedy."""
     max_new_tokens: PositiveInt = 128
     """For `bleu` and `chrf`: longest translation."""
+    context: Annotated[int, Field(ge=2)] | None = None
+    """Text generation: the texts are joined, and read in windows of so many tokens; usual are 1024
+    and 2048. Without it, each row is read by itself."""
+    stride: PositiveInt | None = None
+    """With `context`: by how many tokens a window follows the last one. A window's last tokens
+    count, that many, after the others as context. By default `context`: no token is read twice."""
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Evaluate:
+        if self.context and self.metric not in OF_WINDOWS:
+            message = f"`context` has no effect on {self.metric}"
+            raise invalid("PLM108", message, "context", hint="remove it")
+        if self.stride and not self.context:
+            message = "`stride` has no effect without `context`"
+            raise invalid("PLM108", message, "stride", hint="add `context: 2048`")
+        if self.stride and self.context and self.stride > self.context:
+            message = "`stride` is longer than `context`: tokens between would be left out"
+            raise invalid("PLM107", message, "stride", hint=f"at most {self.context}")
+        return self
 
     @model_validator(mode="after")
     def _data_fits_the_metric(self) -> Evaluate:

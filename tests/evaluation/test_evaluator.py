@@ -70,6 +70,38 @@ def test_perplexity_is_that_of_the_tokens_one_by_one(evaluator: Evaluator, tmp_p
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("stride", [16, 5])
+@pytest.mark.parametrize(("begins", "side"), [(False, "right"), (True, "left")])
+def test_windows_of_joined_texts(stride: int, begins: bool, side: str, tmp_path: Path) -> None:
+    """Each token is predicted once, from the tokens of its window; the first of one that follows
+    without overlap has none before it."""
+    tokenizer: Any = words()
+    tokenizer.padding_side = side
+    tokenizer.bos_token = "[CLS]" if begins else None
+    lines = [" ".join(f"w{(i * j) % 90}" for j in range(1, 12)) for i in range(5)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    model: Any = tiny("llama")
+    evaluator = Evaluator(model, tokenizer, Pooling(), model, 40, window=(16, stride))
+    ids = [i for line in lines for i in tokenizer(line, add_special_tokens=False)["input_ids"]]
+    size = 15 if begins else 16
+    losses, done = [], 0
+    while done < len(ids):
+        end = min(max(done + min(stride, size), size), len(ids))
+        window = torch.tensor([[*([1] if begins else []), *ids[max(0, end - size) : end]]])
+        with torch.no_grad():
+            logits = model(input_ids=window).logits[0, :-1]
+        each = F.cross_entropy(logits, window[0, 1:], reduction="none")
+        losses.append(each[-(end - done) :])
+        done = end
+    unread = 0 if begins else len(ids) // 16 if stride == 16 else 1
+    assert sum(map(len, losses)) == len(ids) - unread
+    rows = load_rows(str(tmp_path / "text.txt"))
+    found = evaluator.compute("perplexity", rows)
+    assert found == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)
+    assert evaluator.compute("fidelity", rows) == pytest.approx(100)
+    assert evaluator.compute("kl_divergence", rows) == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 @pytest.mark.parametrize("metric", ["perplexity", "kl_divergence"])
 def test_large_vocabularies_are_evaluated_by_parts(
