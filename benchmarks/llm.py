@@ -112,7 +112,7 @@ class Bench:
         prompt = self.text[: batch * 32].view(batch, 32)
         settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         settings["pad_token_id"] = self.tokenizer.eos_token_id
-        models = [plmcc.compile(copy.deepcopy(one)) for one in (self.original, model)]
+        models: list[Any] = [plmcc.compile(copy.deepcopy(m)) for m in (self.original, model)]
         times: list[list[float]] = [[], []]
         for turn in range(6):
             for which in (0, 1) if turn % 2 else (1, 0):
@@ -142,7 +142,9 @@ def width(model: Any, removed: float) -> int:
     """Return how many neurons of a Llama's layer stay."""
     layer = model.model.layers[0]
     whole, each = sum(p.numel() for p in layer.parameters()), 3 * model.config.hidden_size
-    return MULTIPLE * round((model.config.intermediate_size - removed * whole / each) / MULTIPLE)
+    size: int = model.config.intermediate_size
+    kept: int = MULTIPLE * round((size - removed * whole / each) / MULTIPLE)
+    return kept
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from plmcc.api import Hard, Miss, Pass, Planned, Program, Site, Soft, refuse_unu
 from plmcc.kit.configured import Sizes, configure, sizes_for
 from plmcc.kit.heads import resize
 from plmcc.kit.parts import Attention, Parts, by_path, matrix, plain, read
-from plmcc.passes.structured_pruning.cuts import Cut, Cuts, Importance, Part, PrunableSite
+from plmcc.passes.structured_pruning.cuts import Cut, Cuts, Part, PrunableSite
 from plmcc.passes.structured_pruning.sizes import Counts, Layer, counts_for, counts_of_least_cost
 
 _KEPT = 0.8
@@ -68,7 +68,7 @@ class StructuredPruning(Pass):
     remove: list[Literal["neurons", "heads"]] = Field(["neurons"], min_length=1)
     """What goes: neurons of feed-forward networks, attention heads (with all that share their keys
     and values), or the same part of both."""
-    importance: Importance = "elimination"
+    importance: Literal["elimination", "activations", "taylor"] = "elimination"
     """What stays: by what leaving it out costs after refitting the rest (`elimination`), by its
     norm of weight times norm of activation (`activations`), or by gradient times activation
     (`taylor`), which runs the model backwards."""

@@ -103,7 +103,7 @@ def _kept_members(owner: ast.ClassDef) -> list[ast.stmt]:
     return body or [ast.Pass()]
 
 
-_NEEDS = ("needs_training", "needs_data", "reads")
+_NEEDS = ("needs_training", "needs_data", "calibrates_on", "reads")
 """Methods that say what a recipe lacks, and which files it reads: by the options alone."""
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support import script
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +18,7 @@ SCRIPT = ROOT / "benchmarks/gpu/once.py"
 SECTIONS = {"machine", "correctness", "heads", "encoder", "pruned", "decode", "training"}
 
 
+@pytest.mark.exhaustive  # two minutes; the next test runs the script with sections of its own
 def test_the_dry_run_says_ok_for_every_section(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--output", str(output), "--device", "cpu", "--quick"]

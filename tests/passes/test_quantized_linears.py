@@ -100,7 +100,9 @@ def test_without_torchao_the_error_says_what_to_install(monkeypatch: pytest.Monk
         replace_all(model, match(model, [QuantizedLinears()]))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", ["int8", *(pytest.param(s, marks=pytest.mark.exhaustive) for s in SCHEMES[1:])]
+)
 def test_a_recipe_ends_with_it_and_the_result_loads_without_torchao(
     scheme: str, tmp_path: Path
 ) -> None:

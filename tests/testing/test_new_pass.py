@@ -15,6 +15,7 @@ from plmcc.diagnostics import PlmccError
 from plmcc.testing.new_pass import write_package
 
 
+@pytest.mark.exhaustive  # tests/test_readme.py does so with the example of the README
 def test_the_package_satisfies_the_contract_as_it_is(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["new-pass", "first_try", "-o", str(tmp_path / "new")])
     assert done.exit_code == 0, done.output

@@ -150,6 +150,7 @@ def test_a_new_model_learns_its_sentences_and_needs_no_plmcc(texts: Path, tmp_pa
     assert done.stdout.strip() == "The cat plays with the child.", done.stderr
 
 
+@pytest.mark.exhaustive  # it compiles a program; tests/export has the same of a directory
 def test_a_recipe_ends_with_an_export(texts: Path, tmp_path: Path) -> None:
     config = CONFIG.replace("}", ", attn_implementation: eager}")
     recipe = parse_recipe(scratch(config, more="lower: {to: [aoti]}\n"), load_torch=True)
