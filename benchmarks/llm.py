@@ -45,6 +45,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "llm.json"
 CONTEXT, WINDOWS = 1024, 40
 CALIBRATION, LENGTH = 40, 512
 MULTIPLE = 8
+CODE = ("cuts", "elimination", "sizes")
+"""What decides on the results of the pass: rows of other versions are dropped."""
 DISTILLED = {"steps": 400, "batch": 2, "learning_rate": 3.0e-4}
 ONE_SHOT = ("structured_pruning", "wanda_sp", "magnitude", "random", "depth", "torch_pruning")
 
@@ -314,7 +316,8 @@ def _git(*words: str) -> str:
 
 def _read(bench: Bench) -> dict[str, Any]:
     """Return the results so far, with rows of the present code only."""
-    code = _git("rev-parse", "HEAD:passes/structured_pruning")
+    files = [f"HEAD:passes/structured_pruning/{name}.py" for name in CODE]
+    code = " ".join(_git("rev-parse", "--short", file) for file in files)
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     return {
         "command": " ".join(["python", "benchmarks/llm.py", "DATA", "MODEL", *sys.argv[3:]]),

@@ -39,6 +39,7 @@ _GUIDES = (
     "your-data",
     "embedding-tables",
     "translation",
+    "language-models",
     "pruning",
     "word-vectors",
     "search-and-compare",
@@ -49,6 +50,7 @@ _WHOLE_TABLES = {
     "compressed_attention": ("translation", "joint_attention"),
     "drop_layers": ("translation",),
     "movement_pruning": ("pruning",),
+    "structured_pruning": ("language-models", "llm"),
 }
 """Tables whose lines call a pass by other names, as the paper does."""
 _ERROR = re.compile(r"<!-- error: (PLM\d{3}) -->")

@@ -99,7 +99,8 @@ def stored_dtype(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
 def widened_note(recipe: Recipe, model: PreTrainedModel) -> str:
     """Say that weights are stored in 16 bits and trained in float32: gradients need its range, and
     small steps its precision. Empty if they are not."""
-    trained = [stage.train.trainable for stage in recipe.steps() if stage.train]
+    settings = [stage.train for stage in recipe.steps() if stage.train]
+    trained = ["passes" if one.lora() else one.trainable for one in settings]
     stored = stored_dtype(recipe, model)
     name, given = (str(dtype).removeprefix("torch.") for dtype in (stored, model.dtype))
     if stored != model.dtype:

@@ -13,6 +13,7 @@ from plmcc.planning.cost import activation_bytes
 from plmcc.recipe.load import Stage, Train
 from plmcc.recipe.sections import Synthetic
 from plmcc.recipe.training_arguments import checkpoints_activations
+from plmcc.training import adapters
 
 _BATCH = 8  # of transformers.TrainingArguments
 
@@ -64,7 +65,10 @@ def training_memory(
     """
     width = model.dtype.itemsize
     trained = extra.ours
-    if settings.trainable != "passes":
+    asked = settings.lora()
+    if asked is not None:
+        trained = extra.ours + adapters.count(model, asked)
+    elif settings.trainable != "passes":
         left = model.modules() if settings.trainable == "all_but_embeddings" else ()
         tables = {id(p) for m in left if isinstance(m, nn.Embedding) for p in m.parameters()}
         own = (p for p in model.parameters() if p.requires_grad and id(p) not in tables)

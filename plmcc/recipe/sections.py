@@ -258,6 +258,26 @@ class Distill(Node):
         return self
 
 
+class Lora(Node):
+    """Low-rank adapters beside frozen linear layers, merged into them at the end; needs peft."""
+
+    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Their scale is `alpha / r`; by default 1."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of their inputs."""
+    targets: Text | Annotated[list[Text], Field(min_length=1)] = "linears"
+    """The linear layers, as in `targets` of passes."""
+
+
+class Adapters(Node):
+    """What is trained instead of the weights."""
+
+    lora: Lora
+    """Low-rank adapters, and what the passes put in. `{}` takes the defaults."""
+
+
 class Train(Node):
     """How a stage is trained, by transformers.Trainer."""
 
@@ -265,9 +285,9 @@ class Train(Node):
     """The training data."""
     distill: Distill | None = None
     """Learn from a teacher as well."""
-    trainable: Literal["all", "all_but_embeddings", "passes"] = "all"
-    """Train the whole model, all but its embedding tables (and heads tied to them), or only what
-    the passes put in."""
+    trainable: Literal["all", "all_but_embeddings", "passes"] | Adapters = "all"
+    """Train the whole model, all but its embedding tables (and heads tied to them), only what the
+    passes put in, or `{lora: {r: 16}}`: adapters of low rank, merged at the end."""
     dropout: bool = True
     """Keep the model's dropout; matching a teacher's hidden states learns faster without."""
     tokens_per_batch: Annotated[int, Field(ge=16)] | None = None
@@ -278,6 +298,10 @@ class Train(Node):
     epochs, otherwise points spaced evenly over the second half of the steps."""
     arguments: Arguments = {}
     """Arguments of transformers.TrainingArguments."""
+
+    def lora(self) -> Lora | None:
+        """Return the settings of adapters, where they are trained."""
+        return self.trainable.lora if isinstance(self.trainable, Adapters) else None
 
     @model_validator(mode="after")
     def _one_way_to_batch(self) -> Train:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from plmcc.recipe.load import Train
 from plmcc.recipe.training_arguments import checkpoints_activations
 from plmcc.rewrite import Replacement
 from plmcc.training import checkpoints
+from plmcc.training.adapters import adapters
 from plmcc.training.distillation import Distillation
 from plmcc.training.schedule import Average
 from plmcc.training.trainer import DistillingTrainer, ProgressCallback, TrainingData
@@ -219,6 +220,16 @@ def _trainable(
 ) -> Iterator[None]:
     """Freeze what the settings leave out, and what is computed and not saved, such as sinusoidal
     positions (transformers 5.24 loads them as trainable); afterwards everything is as it was."""
+    asked = settings.lora()
+    beside = nullcontext() if asked is None else adapters(model, asked)
+    with beside, _frozen(model, settings, replacements):
+        yield
+
+
+@contextmanager
+def _frozen(
+    model: PreTrainedModel, settings: Train, replacements: Sequence[Replacement]
+) -> Iterator[None]:
     unsaved = set(model._keys_to_ignore_on_save or ())
     chosen = {id(p) for name, p in model.named_parameters() if name in unsaved}
     chosen |= _left_out(model, settings, replacements)
@@ -238,6 +249,11 @@ def _left_out(
     """Return the ids of the parameters that are not to be trained."""
     if settings.trainable == "all":
         return set()
+    if settings.lora() is not None:
+        ours = {id(p) for done in replacements for p in done.soft.parameters()}
+        names = (n for n, _ in model.named_parameters() if ".lora_" in n)
+        ours |= {id(model.get_parameter(name)) for name in names}
+        return {id(p) for p in model.parameters()} - ours
     if settings.trainable == "all_but_embeddings":
         tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
         return {id(parameter) for table in tables for parameter in table.parameters()}
