@@ -18,7 +18,6 @@ import gzip
 import importlib
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -320,7 +319,7 @@ def _read(bench: Bench) -> dict[str, Any]:
     code = " ".join(_git("rev-parse", "--short", file) for file in files)
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     return {
-        "command": " ".join(["python", "benchmarks/llm.py", "DATA", "MODEL", *sys.argv[3:]]),
+        "command": "python benchmarks/llm.py DATA MODEL --distill",
         "commit": _git("rev-parse", "HEAD"),
         "code": code,
         "hardware": hardware(),

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,26 @@ def low_rank(rows: list[Row]) -> str:
         for row in rows
     ]
     return markdown(head, lines)
+
+
+def llm(rows: list[Row]) -> str:
+    """By share of the layers' parameters that is removed: perplexity relative to the original, the
+    mean over calibration seeds."""
+    shares = sorted({row["removed"] for row in rows})
+    groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["system"], row["steps"]].append(row)
+    lines = []
+    for (system, steps), found in groups.items():
+        name = system.replace("_", " ") + (f", {steps} steps" if steps else "")
+        cells = []
+        for share in shares:
+            values = [row["perplexity_ratio"] for row in found if row["removed"] == share]
+            cells.append(f"{sum(values) / len(values):.2f}" if values else "")
+        seeds = len({row["seed"] for row in found})
+        lines.append((name, *cells, str(seeds), "yes" if all(r["stock"] for r in found) else "no"))
+    heads = [f"{share:.0%} removed" for share in shares]
+    return markdown(("", *heads, "seeds", "ordinary checkpoint"), lines)
 
 
 def joint_attention(rows: list[Row]) -> str:
@@ -393,6 +414,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "embeddings": embeddings,
     "export": export,
     "joint_attention": joint_attention,
+    "llm": llm,
     "low_rank": low_rank,
     "minilm_codes": minilm_codes,
     "multilingual": multilingual,

@@ -50,7 +50,7 @@ _WHOLE_TABLES = {
     "compressed_attention": ("translation", "joint_attention"),
     "drop_layers": ("translation",),
     "movement_pruning": ("pruning",),
-    "structured_pruning": ("language-models", "llm"),
+    "structured_pruning": ("llm",),
 }
 """Tables whose lines call a pass by other names, as the paper does."""
 _ERROR = re.compile(r"<!-- error: (PLM\d{3}) -->")
