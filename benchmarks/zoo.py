@@ -68,7 +68,7 @@ PASSES = {
     "movement_pruning, structured": (
         "movement_pruning: {method: magnitude, granularity: structured, density: 0.5}"
     ),
-    "drop_layers": "drop_layers: {keep: 1}",
+    "drop_layers": "drop_layers: {keep: 1, select: even}",
     "share_layers": "share_layers",
     "compressed_attention": "compressed_attention",
     "low_rank": "low_rank: {rank: 4, weighting: none}",

@@ -3,7 +3,8 @@
 After Kasai, Pappas, Peng, Cross and Smith, "Deep Encoder, Shallow Decoder", ICLR 2021 (2006.10369):
 decoding time is the decoder's depth. Which layers stay is given, evenly spaced (as for DistilBART
 and DistilBERT), or measured: Men et al., "ShortGPT" (2403.03853), rank a layer by its block
-influence, 1 - E[cos(x_in, x_out)] over the tokens. Kept layers are numbered anew, so that each
+influence, 1 - E[cos(x_in, x_out)] over the tokens; Song et al., "SLEB" (2402.09025), drop the layer
+without which the loss is least, and measure again. Kept layers are numbered anew, so that each
 writes to its own place in the cache, and the configuration says the new depth. Matches a stack: a
 list of repeated layers. Stored: nothing beside the kept layers.
 """
@@ -13,16 +14,29 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plmcc.api import Call, Hard, Miss, Pass, Planned, Program, Site, Soft, StackSite, Values
+from plmcc.api import (
+    Call,
+    Hard,
+    Miss,
+    Pass,
+    Planned,
+    Program,
+    Site,
+    Soft,
+    StackSite,
+    Values,
+    refuse_unused,
+)
 from plmcc.kit import matched_stacks
 from plmcc.kit.configured import check_readable, live_configs
 from plmcc.kit.graphs import stack_depths
@@ -34,9 +48,10 @@ class DropLayers(Pass):
     """Keep only some layers of an encoder or decoder."""
 
     preserves: ClassVar[Literal["exact", "within", "lossy"]] = "lossy"
-    paper: ClassVar[str] = "Kasai et al., ICLR 2021, arXiv:2006.10369; Men et al., arXiv:2403.03853"
+    paper: ClassVar[str] = "Kasai et al., ICLR 2021, arXiv:2006.10369; arXiv:2403.03853, 2402.09025"
     hazards: ClassVar[tuple[str, ...]] = (
         "The model is broken until it is trained again: distill it in a `train` section.",
+        "Language models lose reasoning before fluency: measure tasks too (arXiv:2602.01997).",
         "Passes for the kept layers belong in a later stage: the layers are numbered anew.",
     )
 
@@ -45,22 +60,47 @@ class DropLayers(Pass):
     the layers of a model that has only an encoder."""
     keep: Annotated[int, Field(ge=1)] | Annotated[list[Index], Field(min_length=1)] = 2
     """The number of layers to keep, or a list of layers, counted from 0."""
-    select: Literal["even", "importance"] = "even"
-    """For a number: evenly spaced, first and last included, or those that change states most."""
+    select: Literal["even", "importance"] | None = None
+    """For a number: evenly spaced, first and last included, or the most important ones. By default
+    `importance` for models with a decoder only, which evenly spaced layers ruin."""
+    importance: Literal["influence", "perplexity"] = "influence"
+    """What is important: how much a layer changes the hidden states, or by how much its absence
+    raises the loss, measured again after each layer that goes."""
+    text: list[str] = Field(default_factory=list)
+    """Files of raw text to measure on; by default the data of `calibrate`, or of the next stage
+    that trains."""
+
+    @model_validator(mode="after")
+    def _importance_is_used(self) -> DropLayers:
+        chosen = self.select != "even" and not isinstance(self.keep, list)
+        given = "with `select: even`" if self.select == "even" else "with a list of layers"
+        refuse_unused(self, {"importance": chosen, "text": chosen or not self.text}, given)
+        return self
+
+    def calibrates_on(self) -> list[str]:
+        """The files of `text`."""
+        return self.text
 
     def needs_data(self) -> str:
         """Importance is measured."""
         measured = self.select == "importance" and not isinstance(self.keep, list)
         return "`select: importance` measures what each layer changes" if measured else ""
 
+    def _measures(self, model: PreTrainedModel) -> bool:
+        """Say whether it is measured which layers stay."""
+        if self.select is not None or isinstance(self.keep, list):
+            return self.select == "importance" and not isinstance(self.keep, list)
+        return model.can_generate() and not model.config.is_encoder_decoder
+
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the stacks that have more layers than are kept."""
         both = program.model.config.is_encoder_decoder
         targets = self.targets or ("decoder" if both else "layers")
-        refusal = partial(self._refusal, program.model)
+        refusal = partial(self._refusal, program)
         yield from matched_stacks(program, targets, self.expect, refusal)
 
-    def _refusal(self, model: PreTrainedModel, site: StackSite) -> str:
+    def _refusal(self, program: Program, site: StackSite) -> str:
+        model = program.model
         depth = len(site.layers)
         kept = self.keep if isinstance(self.keep, list) else None
         if kept is not None and (max(kept) >= depth or len(set(kept)) < len(kept)):
@@ -77,20 +117,29 @@ class DropLayers(Pass):
             return f"layer {special} alone has {', '.join(lacking)}: keep it first"
         if _resized(model, site.path, list(range(depth - 1))) is None:
             return "no entry of the configuration holds its number of layers"
+        if self.select is None and self._measures(model) and not program.data:
+            hint = "add `text: [FILE]`, or say which with `keep: [...]` or `select: even`"
+            return f"which layers of a language model can go has to be measured: {hint}"
         return ""
 
     def plan(self, site: Site) -> Planned:
         """As many layers as will stay; which is of no matter where all are alike."""
         assert isinstance(site, StackSite)
         even = self.model_copy(update={"select": "even"})
-        return Planned(KeptLayers(even._chosen(site.layers, []), []))
+        return Planned(KeptLayers(even._chosen(site.layers, []), {}))
 
     def replace(self, site: Site, program: Program) -> Soft:
         """Choose the layers that stay; `rewrite` drops the others."""
         assert isinstance(site, StackSite)
-        measured = self.select == "importance" and not isinstance(self.keep, list)
-        influence = _influence(program, site.layers) if measured else []
-        return KeptLayers(self._chosen(site.layers, influence), influence)
+        if not self._measures(program.model):
+            even = self.model_copy(update={"select": "even"})
+            return KeptLayers(even._chosen(site.layers, []), {})
+        if self.importance == "influence":
+            influence = _influence(program, site.layers)
+            named = {f"influence_{index}": value for index, value in enumerate(influence)}
+            return KeptLayers(self._chosen(site.layers, influence), named)
+        assert isinstance(self.keep, int)
+        return KeptLayers(*_least_loss(program, site.layers, self.keep))
 
     def _chosen(self, layers: nn.ModuleList, influence: Sequence[float]) -> list[int]:
         depth, first = len(layers), _special(layers) is not None
@@ -106,9 +155,9 @@ class DropLayers(Pass):
 class KeptLayers(Soft):
     """The choice of layers; they train as they are."""
 
-    def __init__(self, kept: list[int], influence: list[float]) -> None:
+    def __init__(self, kept: list[int], measured: dict[str, float]) -> None:
         super().__init__()
-        self.kept, self.influence = kept, influence
+        self.kept, self.measured = kept, measured
 
     def rewrite(self, program: Program, path: str) -> None:
         """Drop the other layers, number the kept ones, and tell the configuration."""
@@ -119,8 +168,9 @@ class KeptLayers(Soft):
         return Stack(depth=len(self.kept), kept=self.kept)
 
     def statistics(self) -> dict[str, float]:
-        """Return the measured influence of every original layer, 1 - cos(x_in, x_out)."""
-        return {f"influence_{index}": value for index, value in enumerate(self.influence)}
+        """Return the measured influence of every original layer, 1 - cos(x_in, x_out); or the loss
+        with all layers, and after each that went."""
+        return self.measured
 
 
 class Stack(Hard):
@@ -250,6 +300,43 @@ def _changes(live: PreTrainedConfig, new: PreTrainedConfig) -> Values:
         for n, v in values.items()
         if n in old and old[n] != v and ("layer" in n or isinstance(v, list))
     }
+
+
+def _least_loss(
+    program: Program, stack: nn.ModuleList, keep: int
+) -> tuple[list[int], dict[str, float]]:
+    """Drop the layer without which the loss is least, until so many are left; return them, and the
+    loss (nats a token) with all of them and after each drop."""
+    first = _special(stack)
+    kept, gone = list(range(len(stack))), list[int]()
+    losses = {"loss": program.data.loss()}
+    while len(kept) > keep:
+        tried: dict[int, float] = {}
+        for index in kept:
+            if index != first:
+                with _skipped([stack[i] for i in (*gone, index)]):
+                    tried[index] = program.data.loss()
+        best = min(tried, key=lambda index: tried[index])
+        gone.append(best)
+        kept.remove(best)
+        losses[f"loss_without_{best}"] = tried[best]
+    return kept, losses
+
+
+@contextmanager
+def _skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let layers return the hidden states that they are given."""
+
+    def skip(module: nn.Module, args: tuple[object, ...], kwargs: Values, output: object) -> object:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _influence(program: Program, stack: nn.ModuleList) -> list[float]:

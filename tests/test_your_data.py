@@ -101,7 +101,7 @@ def test_conversations_that_cannot_be_written_out(
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text(content)
     Path("recipe.yaml").write_text(
-        "plmcc: 1\npasses: [{drop_layers: {keep: 1}}]\n"
+        "plmcc: 1\npasses: [{drop_layers: {keep: 1, select: even}}]\n"
         "evaluate: [{metric: perplexity, data: chats.jsonl}]\n"
     )
     tiny("llama").save_pretrained("model")

@@ -126,10 +126,12 @@ class Calibration:
         """Whether this is a plan: statistics then have shapes and no values."""
         return self.data.planned
 
-    def run(self, gradients: bool = False) -> None:
-        """Run the model on all batches; with gradients, backwards too, from the loss of the task or
-        the mean square of the output. Parameters then have no gradients: hooks give inputs that
-        need one.
+    def run(
+        self, gradients: bool = False, ended: Callable[[Any], None] = lambda output: None
+    ) -> None:
+        """Run the model on all batches, and call `ended` with each output. With gradients, run it
+        backwards too, from the loss of the task or the mean square of the output: parameters then
+        have no gradients, and hooks give inputs that need one.
 
         Raises:
             PlmccError: there is no data.
@@ -150,12 +152,33 @@ class Calibration:
                 given = {name: value.to(model.device) for name, value in batch.items()}
                 with torch.set_grad_enabled(gradients), self.masked(number):
                     output: Any = model(**given, **options)
+                    ended(output)
                     if gradients:
                         _loss(output).backward()
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             model.train(mode)
+
+    def loss(self) -> float:
+        """Return the mean loss of the task over the batches, in nats; 0 in a plan.
+
+        Raises:
+            PlmccError: there is no data, or the model has no loss on it.
+        """
+        found: list[float] = []
+
+        def note(output: Any) -> None:
+            loss = getattr(output, "loss", None)
+            if loss is None:
+                message = "the model has no loss on the calibration data: it has no labels"
+                hint = "measure a language model, or labeled data"
+                raise error("PLM303", message, got=type(self.model).__name__, hint=hint)
+            found.append(float(loss))
+
+        if not self.planned:
+            self.run(ended=note)
+        return sum(found) / max(1, len(found))
 
     @contextmanager
     def masked(self, batch: int) -> Iterator[None]:

@@ -68,7 +68,7 @@ PASSES = {
     "codes": "compositional_codes: {codebooks: 4, codewords: 8, rounds: 0}",
     "sparse": "movement_pruning: {method: magnitude, density: 0.5, storage: bitmask}",
     "structured": "movement_pruning: {method: magnitude, granularity: structured, density: 0.5}",
-    "dropped": "drop_layers: {keep: 1}",
+    "dropped": "drop_layers: {keep: 1, select: even}",
     "int8": "quantized_linears: {scheme: int8}",
 }
 

@@ -160,7 +160,7 @@ def test_which_way_a_metric_goes() -> None:
 def test_a_recipe_reports_a_score_before_and_after(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     asked = f"{{metric: lm_eval:rhymes, tasks: {folder}/tasks}}"
-    text = f"plmcc: 1\npasses: [drop_layers: {{keep: 1}}]\nevaluate: [{asked}]\n"
+    text = f"plmcc: 1\npasses: [drop_layers: {{keep: 1, select: even}}]\nevaluate: [{asked}]\n"
     plmcc.apply(parse_recipe(text, load_torch=True), folder / "llama", tmp_path / "out")
     [found] = json.loads((tmp_path / "out/report.json").read_text())["metrics"]
     assert found["metric"] == "lm_eval:rhymes"

@@ -103,7 +103,7 @@ def test_another_structure_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_fewer_layers_are_an_ordinary_checkpoint(name: str, tmp_path: Path) -> None:
-    chosen = recipe("drop_layers: {targets: layers, keep: 1}")
+    chosen = recipe("drop_layers: {targets: layers, keep: 1, select: even}")
     folder = saved(name, tmp_path)
     made = plan(chosen, str(folder))
     assert made.needs_plmcc == ""

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import plmcc
+from plmcc import rewrite
 from plmcc.artifact.verify import outputs
+from plmcc.ir.calibration import CalibrationData
 from plmcc.ir.program import Program
 from plmcc.passes.compressed_attention import CompressedAttention
 from plmcc.passes.drop_layers import DropLayers
@@ -85,7 +87,7 @@ def test_layers_are_numbered_anew_and_the_old_numbers_would_go_wrong() -> None:
 @pytest.mark.parametrize("name", GENERATIVE)
 def test_a_shorter_model_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model, batch = tiny(name), inputs(name)
-    plmcc.Pipeline([DropLayers(targets="layers", keep=1)])(model)
+    plmcc.Pipeline([DropLayers(targets="layers", keep=1, select="even")])(model)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     first, second = (outputs(m, batch) for m in (model, again))
@@ -135,7 +137,7 @@ def test_a_choice_that_cannot_be_made_is_refused(options: dict[str, object], rea
 @pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
 def test_the_only_stack_is_the_default(name: str) -> None:
     model = tiny(name)
-    plmcc.Pipeline([DropLayers(keep=1)])(model)
+    plmcc.Pipeline([DropLayers(keep=1, select="even")])(model)
     assert model.config.num_hidden_layers == 1
 
 
@@ -172,6 +174,63 @@ def test_dropping_and_merging_in_one_stage_is_refused_and_in_two_stages_works(
     model.save_pretrained(tmp_path)
     again = plmcc.load(tmp_path)
     assert torch.allclose(model(**batch).logits, again(**batch).logits, atol=1e-5)
+
+
+def test_layers_go_without_which_the_loss_is_least() -> None:
+    """Of the pairs that greedy search looks at, the best goes; the loss is that of the result."""
+    model: Any = tiny_llama(4)
+    rows = [inputs("llama", batch=4) for _ in range(3)]
+    data = CalibrationData([row | {"labels": row["input_ids"]} for row in rows])
+    chosen = DropLayers(keep=2, importance="perplexity")
+
+    def loss(without: tuple[int, ...]) -> float:
+        shorter = copy.deepcopy(model)
+        kept = [layer for i, layer in enumerate(shorter.model.layers) if i not in without]
+        shorter.model.layers = nn.ModuleList(kept)
+        with torch.no_grad():
+            found = [shorter(**batch, use_cache=False).loss for batch in data.batches]
+        return float(sum(found)) / len(found)
+
+    first = min(range(4), key=lambda i: loss((i,)))
+    second = min({0, 1, 2, 3} - {first}, key=lambda i: loss((first, i)))
+    work = copy.deepcopy(model)
+    (done,) = rewrite.replace_all(work, rewrite.match(work, [chosen], data=data))
+    assert done.soft.harden().layout["kept"] == sorted({0, 1, 2, 3} - {first, second})
+    measured = done.soft.statistics()
+    assert measured["loss"] == pytest.approx(loss(()))
+    assert measured[f"loss_without_{second}"] == pytest.approx(loss((first, second)), rel=1e-5)
+
+
+def tiny_llama(layers: int) -> PreTrainedModel:
+    config: Any = copy.deepcopy(tiny("llama").config)
+    config.num_hidden_layers = layers
+    config.initializer_range = 0.3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model: PreTrainedModel = transformers.LlamaForCausalLM(config)
+    model.eval()
+    return model
+
+
+def test_layers_of_a_language_model_are_measured_by_default() -> None:
+    model = tiny_llama(3)
+    with pytest.raises(plmcc.PlmccError, match="has to be measured: add `text"):
+        rewrite.match(model, [DropLayers(keep=2)])
+    data = CalibrationData([inputs("llama", batch=4)])
+    (done,) = rewrite.replace_all(model, rewrite.match(model, [DropLayers(keep=2)], data=data))
+    assert "influence_2" in done.soft.statistics()
+    with pytest.raises(ValueError, match="`importance` has no effect with `select: even`"):
+        DropLayers(keep=1, select="even", importance="perplexity")
+    with pytest.raises(ValueError, match="`importance` has no effect with a list"):
+        DropLayers(keep=[0, 1], importance="perplexity")
+
+
+def test_a_loss_needs_labels() -> None:
+    model = tiny_llama(3)
+    data = CalibrationData([inputs("llama", batch=4)])
+    matched = rewrite.match(model, [DropLayers(keep=2, importance="perplexity")], data=data)
+    with pytest.raises(plmcc.PlmccError, match="has no loss on the calibration data"):
+        rewrite.replace_all(model, matched)
 
 
 def test_importance_is_not_measured_on_made_up_data_unasked() -> None:

@@ -84,7 +84,7 @@ FITS = {
         "LEDForConditionalGeneration",
         {"encoder_layers": 3, "decoder_layers": 3, "attention_window": [4, 4, 8], "d_model": 32}
         | {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
-        "drop_layers: {keep: 1}",
+        "drop_layers: {keep: 1, select: even}",
     ),
 }
 

@@ -124,7 +124,7 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
 def test_stages_follow_one_another(tmp_path: Path) -> None:
     recipe = recipe_of(
         "stages:\n"
-        "  - {name: shallow, passes: [drop_layers: {keep: 1}]}\n"
+        "  - {name: shallow, passes: [drop_layers: {keep: 1, select: even}]}\n"
         "  - {name: merge, passes: [compressed_attention: {expect: 1}], train: {data: "
         "{train: synthetic}, distill: {logits: 1.0}, arguments: {optim: sgd}}}\n"
     )
@@ -347,7 +347,7 @@ def test_layers_that_cannot_follow_the_teacher_are_refused_by_the_plan(tmp_path:
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 4}
     (folder / "config.json").write_text(json.dumps(config))
     text = (
-        "passes: [drop_layers: {{targets: layers, keep: {}}}]\n"
+        "passes: [drop_layers: {{targets: layers, select: even, keep: {}}}]\n"
         "train:\n  data: {{train: synthetic}}\n  distill: {{hidden_states: 1.0}}\n"
     )
     assert plan(recipe_of(text.format(2)), str(folder)).ok
