@@ -44,10 +44,25 @@ def collator(
     if task == "fill-mask":
         return Masking(tokenizer, seed)
     if task == "text-generation":
-        return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        return Continuing(tokenizer)
     bare = tokenizer.pad_token is None  # words of vectors have no special tokens
     pad = _pad_bare if bare else transformers.DataCollatorWithPadding(tokenizer)
     return lambda rows: _pad_pairs(rows, pad)
+
+
+class Continuing:
+    """Pads texts that are continued. Labels are the ids of all tokens, or those of a column
+    `labels` (of conversations, what the assistant says)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.every = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        # It pads labels too, on the tokenizer's side, with -100.
+        self.some = transformers.DataCollatorForTokenClassification(tokenizer)
+
+    def __call__(self, rows: list[Values]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels` (-100: not learned), all (B, L)."""
+        batch: dict[str, Tensor] = (self.some if "labels" in rows[0] else self.every)(rows)
+        return batch
 
 
 class Masking:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from plmcc.data import question_answering, token_classification
 from plmcc.data.classification import targets_of
 from plmcc.data.rows import Rows
+from plmcc.data.tasks import GENERATION
 from plmcc.diagnostics import error
 from plmcc.utils.types import Values
 
@@ -46,9 +47,36 @@ def encode(
         return Dataset.from_dict(inputs)
     if task == "sentence-similarity" and len(rows.text) == 2 and rows.label is not None:
         return _labeled_pairs(rows, tokenize)
+    if rows.learned and task == GENERATION and tokenizer.is_fast:
+        return Dataset.from_dict(_conversations(rows, tokenizer, max_length))
     return Dataset.from_dict(
         tokenize([text for c in range(len(rows.text)) for text in rows.texts(c)])
     )
+
+
+def _conversations(rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int | None) -> Values:
+    """Return conversations with `labels` for the tokens that the assistant says (-100 elsewhere);
+    one that is cut before the assistant says anything is left out."""
+    options: Values = {"add_special_tokens": False, "return_offsets_mapping": True}
+    options |= {"truncation": length is not None, "max_length": length, "verbose": False}
+    encoded = tokenizer(rows.texts(), **options)
+    columns: Values = {"input_ids": [], "attention_mask": [], "labels": []}
+    for ids, spans, said in zip(
+        encoded["input_ids"], encoded["offset_mapping"], rows.learned, strict=True
+    ):
+        labels = [
+            token if any(begin <= first < end for begin, end in said) else -100
+            for token, (first, _) in zip(ids, spans, strict=True)
+        ]
+        if any(label != -100 for label in labels):
+            columns["input_ids"].append(ids)
+            columns["attention_mask"].append([1] * len(ids))
+            columns["labels"].append(labels)
+    if not columns["input_ids"]:
+        message = "no conversation has an answer within the length that is read"
+        hint = "raise `max_length`"
+        raise error("PLM301", message, rows.source, got=f"{length} tokens", hint=hint)
+    return columns
 
 
 def packed(rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
@@ -58,17 +86,26 @@ def packed(rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int) -> Datas
         PlmccError: there are fewer tokens than a window has.
     """
     texts = [text for column in range(len(rows.text)) for text in rows.texts(column)]
-    end = tokenizer.eos_token_id
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [i for text in encoded for i in (*text, *([] if end is None else [end]))]
-    windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if rows.learned and tokenizer.is_fast:  # a template writes the ends
+        columns = _conversations(rows, tokenizer, None)
+        encoded, learned, ends = columns["input_ids"], columns["labels"], []
+    else:
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        learned = []
+    ids = [i for text in encoded for i in (*text, *ends)]
+    labels = [i for text in learned for i in text]
+    starts = range(0, len(ids) - length + 1, length)
+    windows = [ids[start : start + length] for start in starts]
     if not windows:
         message = "the text is shorter than one window"
         allowed = f"at least {length} tokens"
         raise error("PLM301", message, rows.source, got=f"{len(ids)} tokens", allowed=allowed)
-    return Dataset.from_dict(
-        {"input_ids": windows, "attention_mask": [[1] * length] * len(windows)}
-    )
+    made: Values = {"input_ids": windows, "attention_mask": [[1] * length] * len(windows)}
+    if labels:
+        made["labels"] = [labels[start : start + length] for start in starts]
+    found = Dataset.from_dict(made)
+    return found.filter(lambda row: any(i != -100 for i in row["labels"])) if labels else found
 
 
 def _translations(rows: Rows, tokenize: _Tokenize) -> Dataset:

@@ -78,6 +78,9 @@ class Rows:
     """What is put before each text: the prompt of the model."""
     verbatim: bool = False
     """Whether the texts have their special tokens already, as a chat template writes them."""
+    learned: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Of conversations, the first and the last + 1 character of what the assistant says in each
+    text: what is learned. Empty: everything."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -94,7 +97,8 @@ class Rows:
             picked = (groups[index * len(groups) // some] for index in range(some))
             chosen = sorted(row for group in picked for row in group)
         kept = tuple(self.kept[index] for index in chosen) if self.kept else tuple(chosen)
-        return replace(self, table=self.table.select(chosen), kept=kept)
+        learned = tuple(self.learned[index] for index in chosen) if self.learned else ()
+        return replace(self, table=self.table.select(chosen), kept=kept, learned=learned)
 
     def groups(self) -> dict[str, list[int]]:
         """Return the places of the rows of each first text: of a query, those of its candidates."""

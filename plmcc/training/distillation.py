@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from plmcc.data import classification, token_classification
 from plmcc.data.classification import Kind, kind_of
 from plmcc.data.pooling import Pooling, last_states
-from plmcc.data.tasks import LABELS
+from plmcc.data.tasks import GENERATION, LABELS
 from plmcc.diagnostics import error
 from plmcc.ir.modules import output_depth
 from plmcc.recipe.load import Distill
@@ -172,6 +172,9 @@ class Distillation:
         if self.settings.logits:
             names = [name for name in _SPANS if name in output] or ["logits"]
             judged_BL = mask_BL
+            if self.task == GENERATION and "labels" in batch:  # what is learned next
+                learned_BL = torch.cat([batch["labels"][:, 1:] != -100, mask_BL[:, -1:] > 0], 1)
+                judged_BL = mask_BL * learned_BL
             if self.task == token_classification.TASK and "labels" in batch:
                 judged_BL = (batch["labels"] != token_classification.IGNORED).long()
             terms = [self._logits(output[name], teacher[name], judged_BL) for name in names]
