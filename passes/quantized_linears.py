@@ -5,8 +5,10 @@ each group of 32 inputs or so. `int8_dynamic` (Jacob et al., CVPR 2018, 1712.058
 token as in ZeroQuant, 2206.01861) also quantizes activations on arrival, with one scale for each
 token, and multiplies integers. Matches linear layers, GPT-2's transposed ones included; a head that
 is tied to an embedding table is left to the passes on tables. Stored: integers (O, I), two in a
-byte where they have 4 bits, and scales in the model's dtype. Quantizing needs torchao (extra
-`quantize`), loading the result does not.
+byte where they have 4 bits, and scales in the model's dtype. With `trainable` the weights are
+trained while the layers compute with their quantized values, and gradients pass as if they did not
+(quantization-aware training as in Jacob et al.; straight through: Bengio et al., 1308.3432).
+Quantizing without it needs torchao (extra `quantize`), loading the result does not.
 Shapes: O outputs, I inputs, G groups of inputs, N tokens.
 """
 
@@ -21,7 +23,18 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plmcc.api import LinearSite, Miss, Pass, Planned, Program, Site, Soft, error, refuse_unused
+from plmcc.api import (
+    Hard,
+    LinearSite,
+    Miss,
+    Pass,
+    Planned,
+    Program,
+    Site,
+    Soft,
+    error,
+    refuse_unused,
+)
 from plmcc.kit import HardLinear, Trainable, matched_linears, weight_of
 
 _LEVELS = 127
@@ -43,11 +56,18 @@ class QuantizedLinears(Pass):
     """Weights in 8 or 4 bits, or weights and activations in 8 bits."""
     group: int = Field(32, ge=8, le=1024)
     """int4: number of inputs that share a scale."""
+    trainable: bool = False
+    """Train the weights too, quantized in every step (quantization-aware training). Without, the
+    integers stay as they are, and only biases are trained."""
 
     @model_validator(mode="after")
     def _group_has_effect(self) -> QuantizedLinears:
         refuse_unused(self, {"group": self.scheme == "int4"}, "unless `scheme` is `int4`")
         return self
+
+    def needs_training(self) -> str:
+        """Weights that are to be trained."""
+        return "`trainable` trains the weights with the errors of their integers" * self.trainable
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield linear layers; inputs that groups do not divide are a miss."""
@@ -65,7 +85,8 @@ class QuantizedLinears(Pass):
     def plan(self, site: Site) -> Planned:
         """The layer with empty integers."""
         assert isinstance(site, LinearSite)
-        return Planned(self._empty(site))
+        trained = site.in_features * site.out_features if self.trainable else 0
+        return Planned(self._empty(site), trained=trained)
 
     def _empty(self, site: LinearSite) -> QuantizedLinear:
         inputs, outputs = site.in_features, site.out_features
@@ -80,11 +101,11 @@ class QuantizedLinears(Pass):
         """
         assert isinstance(site, LinearSite)
         weight_OI = weight_of(site)
-        levels_OI, scales_OG = _rounded(weight_OI, 4 if self.scheme == "int4" else 8, self.group)
         hard = self._empty(site).to(weight_OI.device, weight_OI.dtype)
-        hard.levels.copy_(_pairs(levels_OI) if self.scheme == "int4" else levels_OI)
-        hard.scales.copy_(scales_OG)
         hard.take_bias(site)
+        if self.trainable:
+            return FakeQuantized(hard, weight_OI)
+        hard.take(*_rounded(weight_OI, 4 if self.scheme == "int4" else 8, self.group))
         error_OI = hard.dense().detach().float() - weight_OI.float()
         size = weight_OI.float().square().mean().sqrt().clamp(min=1e-12)
         return Trainable(hard, {"relative_error": float(error_OI.square().mean().sqrt() / size)})
@@ -137,6 +158,11 @@ class QuantizedLinear(HardLinear):
         self.scales: Tensor
         self.register_buffer("scales", torch.zeros(out_features, groups))
 
+    def take(self, levels_OI: Tensor, scales_OG: Tensor) -> None:
+        """Store integers and scales."""
+        self.levels.copy_(_pairs(levels_OI) if self.scheme == "int4" else levels_OI)
+        self.scales.copy_(scales_OG)
+
     def parameter_count(self) -> int:
         """Return the number of integers, scales and biases."""
         more = self.levels.numel() if self.scheme == "int4" else 0
@@ -160,12 +186,71 @@ class QuantizedLinear(HardLinear):
 
     def _dynamic(self, x_NI: Tensor) -> Tensor:
         """Products (N, O) of quantized activations: exact integers, then both scales."""
-        step_N1 = (x_NI.detach().abs().amax(1, keepdim=True) / _LEVELS).clamp(min=1e-8)
-        rounded_NI = (x_NI / step_N1).round()
-        levels_NI = x_NI / step_N1 + (rounded_NI - x_NI / step_N1).detach()  # straight through
+        levels_NI, rounded_NI, step_N1 = quantized_inputs(x_NI)
         if torch.is_grad_enabled() or x_NI.device.type != "cpu":
             # In float32 sums of 8-bit products are exact up to 2^24, and near it beyond.
             sums_NO = F.linear(levels_NI.float(), self.levels.float())
         else:
             sums_NO = torch._int_mm(rounded_NI.to(torch.int8), self.levels.T).float()
         return (sums_NO * step_N1.float()).to(x_NI.dtype) * self.scales[:, 0]
+
+
+def quantized_inputs(x_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return activations in steps of their token, straight through and as whole numbers, and the
+    steps (N, 1)."""
+    step_N1 = (x_NI.detach().abs().amax(1, keepdim=True) / _LEVELS).clamp(min=1e-8)
+    rounded_NI = (x_NI / step_N1).round()
+    return x_NI / step_N1 + (rounded_NI - x_NI / step_N1).detach(), rounded_NI, step_N1
+
+
+class FakeQuantized(Soft):
+    """A linear layer with float weights that computes with what they are quantized to. Gradients
+    reach the weights as if they were not; scales follow the largest weight of each group."""
+
+    def __init__(self, hard: QuantizedLinear, weight_OI: Tensor) -> None:
+        super().__init__()
+        self.hard, self.weight = hard, nn.Parameter(weight_OI.clone())
+        self.in_features, self.out_features = hard.in_features, hard.out_features
+        self.bits = 4 if hard.scheme == "int4" else 8
+
+    def _quantized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weight in steps (O, G, i) and the nearest integers, and the steps (O, G): the
+        same as torchao's symmetric mapping, up to ties."""
+        least, most = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        weight_OGi = self.weight.float().unflatten(1, (self.hard.groups, -1))
+        half = (most - least) / 2
+        step_OG = (weight_OGi.detach().abs().amax(-1) / half).clamp(min=torch.finfo().tiny)
+        steps_OGi = weight_OGi / step_OG[..., None]
+        return steps_OGi, steps_OGi.detach().round().clamp(least, most), step_OG
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        y = self.product(x)
+        return y if self.hard.bias is None else y + self.hard.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O), without the bias."""
+        steps_OGi, levels_OGi, step_OG = self._quantized()
+        through_OGi = steps_OGi + (levels_OGi - steps_OGi).detach()
+        if self.hard.scheme != "int8_dynamic":
+            weight_OI = (through_OGi * step_OG[..., None]).flatten(1)
+            return F.linear(x, weight_OI.to(x.dtype))
+        inputs_NI, _, step_N1 = quantized_inputs(x.reshape(-1, self.in_features))
+        sums_NO = F.linear(inputs_NI.float(), through_OGi.flatten(1))
+        made = (sums_NO * step_N1.float()).to(x.dtype) * step_OG[:, 0].to(x.dtype)
+        return made.view(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def harden(self) -> Hard:
+        """Return the layer with the integers that the weights have become."""
+        _, levels_OGi, step_OG = self._quantized()
+        self.hard.take(levels_OGi.flatten(1).to(torch.int8), step_OG)
+        return self.hard
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """Return the error of the integers relative to the weights."""
+        steps_OGi, levels_OGi, step_OG = self._quantized()
+        error = ((levels_OGi - steps_OGi) * step_OG[..., None]).square().mean().sqrt()
+        size = self.weight.float().square().mean().sqrt().clamp(min=1e-12)
+        return {"relative_error": float(error / size)}

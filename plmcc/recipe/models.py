@@ -195,7 +195,8 @@ class Recipe(Node):
         if self.lower is None or self.lower.quantize is None:
             return self._written()
         chosen: Any = self._pass_class(_QUANTIZATION)
-        last = Stage(name="quantize", passes=[chosen(scheme=self.lower.quantize)])
+        options = {"scheme": self.lower.quantize, "trainable": self.lower.train is not None}
+        last = Stage(name="quantize", passes=[chosen(**options)], train=self.lower.train)
         return [*self._written(), last]
 
     def calibration(self) -> Calibrate | None:

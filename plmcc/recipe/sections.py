@@ -410,6 +410,8 @@ class Lower(Node):
     result has a directory of that name, as `plmcc export` writes it."""
     quantize: Literal["int8", "int4", "int8_dynamic"] | None = None
     """Quantize the remaining linear layers, like the pass `quantized_linears` with this scheme."""
+    train: Train | None = None
+    """Train the quantized layers in a last stage (quantization-aware training)."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Lower:
@@ -417,4 +419,7 @@ class Lower(Node):
             raise invalid(
                 "PLM108", "`lower` does nothing", hint="add `to: [compile]` or `quantize`"
             )
+        if self.train and not self.quantize:
+            message = "`train` has no effect without `quantize`"
+            raise invalid("PLM108", message, "train", hint="add `quantize: int8`")
         return self

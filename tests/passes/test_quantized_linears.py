@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import plmcc
+from plmcc.api import LinearSite
 from plmcc.artifact.size import parameter_count
 from plmcc.diagnostics import PlmccError
-from plmcc.passes.quantized_linears import QuantizedLinear, QuantizedLinears
+from plmcc.ir.program import Program
+from plmcc.passes.quantized_linears import FakeQuantized, QuantizedLinear, QuantizedLinears
 from plmcc.recipe.load import parse_recipe
 from plmcc.rewrite import harden_all, match, replace_all
 from support.tiny_models import inputs, tiny
@@ -132,6 +134,99 @@ def test_a_recipe_ends_with_it_and_the_result_loads_without_torchao(
     with torch.no_grad():
         difference = (compiled(**given).logits - expected).abs().max()
     assert float(difference) < 1e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fake_quantization_is_torchaos_mapping(scheme: str) -> None:
+    """The trainable form computes what torchao's integers do, up to ties, and hardens to that."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 40)
+    model = nn.ModuleDict({"linear": linear})
+    site = LinearSite(
+        "linear", ("linear",), ("module",), (linear,),
+        in_features=64, out_features=40, bias=True, transposed=False,
+    )  # fmt: skip
+    program: Any = Program(model)  # type: ignore[arg-type]
+    fixed: Any = QuantizedLinears(scheme=scheme).replace(site, program).harden()
+    soft: Any = QuantizedLinears(scheme=scheme, trainable=True).replace(site, program)
+    x = torch.randn(5, 7, 64)
+    with torch.no_grad():
+        allowed = 0.2 if scheme == "int4" else 0.02  # a tie is a whole step
+        torch.testing.assert_close(soft(x), fixed(x), atol=allowed, rtol=0.02)
+        trainable = soft(x)
+        made = soft.harden()
+        torch.testing.assert_close(made(x), trainable, atol=1e-5, rtol=1e-5)
+    same = (made.dense() - fixed.dense()).abs() < 1e-6
+    assert same.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_pass_as_if_nothing_was_quantized(scheme: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 8, bias=False)
+    soft = FakeQuantized(QuantizedLinear(64, 8, scheme, 2 if scheme == "int4" else 1, False),
+                         linear.weight.detach())  # fmt: skip
+    x = torch.randn(9, 64)
+    soft(x).sum().backward()
+    assert soft.weight.grad is not None
+    allowed = 0.05 if scheme == "int8_dynamic" else 1e-4  # of the inputs, which are quantized too
+    wanted = x.sum(0).expand(8, -1)
+    assert (soft.weight.grad - wanted).abs().max() <= allowed * wanted.abs().max()
+
+
+def test_training_learns_the_errors_of_the_integers_away(tmp_path: Path) -> None:
+    """Training brings a model in 4 bits nearer to the original than rounding its weights does."""
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n".join(" ".join(f"w{(i * j) % 90}" for j in range(1, 14)) for i in range(99))
+    )
+    model: Any = tiny("bert")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    train = (
+        f"train:\n  data: {{train: {text}}}\n  dropout: false\n"
+        "  distill: {logits: 1.0, temperature: 1.0, task: 0}\n"
+        "  arguments: {max_steps: 60, learning_rate: 2.0e-3, per_device_train_batch_size: 16}\n"
+    )
+    found: list[float] = []
+    for more in ("", train):
+        recipe = parse_recipe(
+            "plmcc: 1\ntask: fill-mask\n"
+            f"passes: [quantized_linears: {{scheme: int4, trainable: {str(bool(more)).lower()}}}]\n"
+            f"{more}evaluate: [{{metric: kl_divergence, data: {text}}}]\n",
+            load_torch=True,
+        )
+        result = plmcc.apply(recipe, tmp_path / "model", output=tmp_path / f"out{len(found)}")
+        found.append(result.metrics[0]["after"])
+    assert found[1] < 0.6 * found[0]
+    kinds = {type(part).__name__ for part in result.model.modules()}
+    assert "QuantizedLinear" in kinds
+    assert "FakeQuantized" not in kinds
+
+
+def test_what_is_lowered_is_trained_in_a_last_stage() -> None:
+    text = "plmcc: 1\npasses: [drop_layers]\nlower:\n  quantize: int8\n"
+    recipe = parse_recipe(f"{text}  train: {{data: {{train: a.txt}}}}\n")
+    last = recipe.steps()[-1]
+    assert last.name == "quantize"
+    assert last.train is not None
+    wanted = QuantizedLinears(scheme="int8", trainable=True).model_dump()
+    assert [one.model_dump() for one in last.passes] == [wanted]
+    assert not parse_recipe(text).steps()[-1].passes[0].model_dump()["trainable"]
+    with pytest.raises(PlmccError, match="`train` has no effect without `quantize`"):
+        parse_recipe(text.replace("quantize: int8", "to: [compile]\n  train: {data: {train: a}}"))
+
+
+def test_trainable_integers_need_a_training() -> None:
+    from plmcc.recipe.needs import check_trained
+
+    recipe = parse_recipe("plmcc: 1\npasses: [{quantized_linears: {trainable: true}}]\n")
+    with pytest.raises(PlmccError, match="trains the weights"):
+        check_trained(recipe)
 
 
 def test_nothing_is_rounded_twice() -> None:
