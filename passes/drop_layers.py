@@ -66,9 +66,9 @@ class DropLayers(Pass):
     importance: Literal["influence", "perplexity"] = "influence"
     """What is important: how much a layer changes the hidden states, or by how much its absence
     raises the loss, measured again after each layer that goes."""
-    text: list[str] = Field(default_factory=list)
-    """Files of raw text to measure on; by default the data of `calibrate`, or of the next stage
-    that trains."""
+    text: str | list[str] = Field(default_factory=list)
+    """A file of raw text, or several, to measure on; by default the data of `calibrate`, or of the
+    next stage that trains."""
 
     @model_validator(mode="after")
     def _importance_is_used(self) -> DropLayers:
@@ -79,7 +79,7 @@ class DropLayers(Pass):
 
     def calibrates_on(self) -> list[str]:
         """The files of `text`."""
-        return self.text
+        return [self.text] if isinstance(self.text, str) else self.text
 
     def needs_data(self) -> str:
         """Importance is measured."""

@@ -83,9 +83,9 @@ class StructuredPruning(Pass):
     multiple_of: int | None = Field(None, ge=1)
     """The number of neurons is a multiple of this: by default 64, less in narrow layers. Odd
     numbers cost GPUs more than they save."""
-    text: list[str] = Field(default_factory=list)
-    """Files of raw text to measure on; by default the data of `calibrate`, or of the next stage
-    that trains."""
+    text: str | list[str] = Field(default_factory=list)
+    """A file of raw text, or several, to measure on; by default the data of `calibrate`, or of the
+    next stage that trains."""
 
     @model_validator(mode="after")
     def _multiple_is_used(self) -> StructuredPruning:
@@ -97,7 +97,7 @@ class StructuredPruning(Pass):
 
     def calibrates_on(self) -> list[str]:
         """The files of `text`."""
-        return self.text
+        return [self.text] if isinstance(self.text, str) else self.text
 
     def needs_data(self) -> str:
         """What can go is measured."""

@@ -243,4 +243,6 @@ def trained(recipe: Recipe, times: float) -> Recipe:
     stages = recipe.stages and [
         stage.model_copy(update={"train": longer(stage.train)}) for stage in recipe.stages
     ]
-    return recipe.model_copy(update={"train": longer(recipe.train), "stages": stages})
+    lower = recipe.lower and recipe.lower.model_copy(update={"train": longer(recipe.lower.train)})
+    update = {"train": longer(recipe.train), "stages": stages, "lower": lower}
+    return recipe.model_copy(update=update)
