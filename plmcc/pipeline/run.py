@@ -25,6 +25,7 @@ from plmcc.pipeline.judge import Judge, missed_speeds
 from plmcc.pipeline.prepare import CHECKS, narrow, prepare, retokenizes, widen
 from plmcc.pipeline.stage import match_stage, run_stage, timed
 from plmcc.pipeline.trial import try_out
+from plmcc.pipeline.untrained import bits_note, loss_before, loss_note
 from plmcc.pipeline.verifier import Dump
 from plmcc.recipe.load import Recipe
 from plmcc.recipe.metrics import RELATIVE
@@ -83,7 +84,10 @@ def run(
     has_cache = same_with_cache(source.model, probe_inputs(source.model))
     expected = expected_sites(recipe, source.model)
     try_out(recipe, Reducible.of(source.model))
+    planned = [(stage, site) for (stage, _), site in expected.items()]
+    source = replace(source, notes=(*source.notes, *bits_note(recipe, source, planned)))
     _announce(recipe, source, matched, has_cache, log)
+    loss = loss_before(recipe, source, data)
     original = _original(recipe, source)
     data = data.with_teachers(original)
     if compares and not early:
@@ -93,6 +97,7 @@ def run(
     _run_stages(
         recipe, matched, expected, data, result, cache, has_cache, schedule_steps, log, dump
     )
+    _say(result, loss_note(recipe, result.model, data, loss), log)
     narrow(source)
     _finish(recipe, result, sizes)
     if source.stored is not None:
@@ -180,9 +185,13 @@ def _judge(
         work = lambda: judge.latency(original, result.model)  # noqa: E731
         result.latency = timed(work, "latency", result)
     if original is not None and not dry and distributed.is_main_process():
-        for note in missed_speeds(judge.recipe, original, result.model):
-            log(f"note: {note}")
-            result.source = replace(result.source, notes=(*result.source.notes, note))
+        _say(result, missed_speeds(judge.recipe, original, result.model), log)
+
+
+def _say(result: Result, notes: list[str], log: Log) -> None:
+    for note in notes:
+        log(f"note: {note}")
+        result.source = replace(result.source, notes=(*result.source.notes, note))
 
 
 def _evaluated(

@@ -30,6 +30,7 @@ from plmcc.pipeline.datasets import infer_label_space
 from plmcc.pipeline.expected import UNKNOWN, PlannedSite, carry_out
 from plmcc.pipeline.prepare import CHECKS, prepare, prepares, store, stored_dtype, widened_note
 from plmcc.pipeline.trial import try_out
+from plmcc.pipeline.untrained import bits_note
 from plmcc.planning.cost import Cost, cost
 from plmcc.planning.deploy import Target, targets
 from plmcc.planning.memory import Extra, Memory, training_memory
@@ -188,7 +189,8 @@ def plan(
         with _problems_of(made):
             try_out(recipe, untouched)
     made.notes[:0] = source.notes
-    made.notes += _larger(made)
+    planned = [(s.name, site) for s in made.stages for rule in s.rules for site in rule.sites]
+    made.notes += _larger(made) + bits_note(recipe, source, planned)
     made.needs_plmcc = "" if made.problems else needs_plmcc(model)
     changed = rewritten if made.needs_plmcc else []
     made.targets = [] if made.problems else targets(model, changed, made.needs_plmcc)
