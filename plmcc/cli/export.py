@@ -155,6 +155,10 @@ def translate(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut sentences that are too long for the model.")
     ] = False,
+    trust_programs: Annotated[
+        bool,
+        typer.Option("--trust-programs", help="Run compiled programs that somebody else made."),
+    ] = False,
 ) -> None:
     """Translate lines from a file or stdin to stdout."""
     name = "stdin" if file is None else str(file)
@@ -165,5 +169,5 @@ def translate(
 
         calm()
         options = Options(beam, batch, max_new_tokens, truncate)
-        translator = load_translator(model, device, compiled)
+        translator = load_translator(model, device, compiled, trust_programs)
         stream(translator, opened, name, options, sys.stdout.buffer)

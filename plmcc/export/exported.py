@@ -26,14 +26,18 @@ from plmcc.utils.types import Values
 class Exported:
     """A loaded export directory: an encoder is called, a translation model has `generate`.
 
+    Compiled programs are native code: those that this user has not exported on this machine are run
+    with `trust_programs` only.
+
     Raises:
-        PlmccError: it is damaged, this machine cannot run it, or its runtime is not installed.
+        PlmccError: it is damaged, this machine cannot run it, its runtime is not installed, or it
+            is not trusted.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, trust_programs: bool = False) -> None:
         folder = Path(folder)
         self.manifest = Manifest.read(folder)
-        self.manifest.check(folder)
+        self.manifest.check(folder, trust_programs)
         self._run: Run | None = None
         self._programs: ExportedSearch | None = None
         if self.manifest.kind == "translation":

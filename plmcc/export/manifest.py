@@ -22,6 +22,9 @@ LAYOUT = "plmcc_export.json"
 """What marks an export that plmcc does not run itself."""
 FORMAT = 4
 _MARK = "plmcc_export"
+_PROGRAMS = (".pt2", ".onnx", ".pte", ".so", ".dll", ".dylib")
+_REMEMBERED = "~/.cache/plmcc/exports"
+"""An empty file for each manifest that this user has written, named by its SHA-256."""
 _CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
 
 
@@ -72,6 +75,7 @@ class Manifest:
         files = {file.relative_to(folder).as_posix(): digest(file) for file in found}
         values = {_MARK: FORMAT} | asdict(self) | {"files": files}
         (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        _remember(folder)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -98,16 +102,36 @@ class Manifest:
             raise error("PLM401", "another version of plmcc wrote this", location, hint=hint)
         return cls(**values)
 
-    def check(self, folder: Path) -> None:
-        """Refuse programs that were changed, or that this machine or torch cannot run.
+    def check(self, folder: Path, trust: bool = False) -> None:
+        """Refuse programs that were changed, that this machine or torch cannot run, or that are
+        native code which this user has not compiled.
+
+        Args:
+            folder: the directory.
+            trust: run native code from elsewhere.
 
         Raises:
-            PlmccError: they were, or it cannot.
+            PlmccError: they were, or it cannot; or there are programs that the manifest does not
+                name.
         """
         if self.target == "aoti":
             self._check_machine(folder)
-        for name, expected in (self.files or {}).items():
-            if Path(name).suffix not in (".pt2", ".onnx", ".pte"):
+        self._check_files(folder)
+        if self.target == "aoti" and not trust and not _is_remembered(folder):
+            message = "its programs are native code, and were not compiled here by you"
+            hint = "export the model here; if you trust who made them, add --trust-programs (in "
+            hint += "Python, `trust_programs=True`)"
+            raise error("PLM402", message, str(folder), hint=hint)
+
+    def _check_files(self, folder: Path) -> None:
+        files = self.files if isinstance(self.files, dict) else {}
+        there = (p for p in folder.rglob("*") if p.suffix in _PROGRAMS and p.is_file())
+        for path in sorted(p.relative_to(folder).as_posix() for p in there):
+            if path not in files:
+                message, hint = "the manifest does not name this program", "export the model again"
+                raise error("PLM402", message, str(folder / path), hint=hint)
+        for name, expected in files.items():
+            if Path(name).suffix not in _PROGRAMS:
                 continue
             hint = "export the model again"
             if not (folder / name).is_file():
@@ -132,8 +156,27 @@ class Manifest:
 
 
 def is_export(folder: Path) -> bool:
-    """Say whether a directory holds programs that plmcc runs, of any version."""
-    return _is_marked(folder / MANIFEST)
+    """Say whether a directory holds programs that plmcc runs, of any version. With a config.json it
+    is a model, whatever else is in it."""
+    return _is_marked(folder / MANIFEST) and not (folder / "config.json").exists()
+
+
+def _remember(folder: Path) -> None:
+    """Note that this user has written a manifest, which has the digests of its programs."""
+    note = _note(folder)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    except OSError:  # no home to write to: the programs run with `trust_programs`
+        return
+
+
+def _is_remembered(folder: Path) -> bool:
+    return _note(folder).is_file()
+
+
+def _note(folder: Path) -> Path:
+    return Path(_REMEMBERED).expanduser() / digest(folder / MANIFEST)
 
 
 def mark_export(folder: Path, layout: str) -> None:

@@ -108,19 +108,22 @@ class Translator:
         return [text.strip() for text in texts]
 
 
-def load_translator(name: str, device: str = "auto", compiled: bool = False) -> Translator:
+def load_translator(
+    name: str, device: str = "auto", compiled: bool = False, trust_programs: bool = False
+) -> Translator:
     """Load a translation model.
 
     Args:
         name: an artifact, a transformers directory or hub id, or an export directory.
         device: "cpu", "cuda", "cuda:1" ... or "auto"; an export runs where it was made for.
         compiled: compile the model first; an export is compiled already.
+        trust_programs: run the native code of an export from elsewhere.
 
     Raises:
         PlmccError: it cannot be loaded, is not a translation model, or comes without a tokenizer.
     """
     if is_export(Path(name)):
-        return _exported(Path(name), device)
+        return _exported(Path(name), device, trust_programs)
     from plmcc.export.translation import check_translates, default_length
     from plmcc.inference.compile import compile as lower
     from plmcc.ir.probes import positions_of
@@ -141,8 +144,8 @@ def load_translator(name: str, device: str = "auto", compiled: bool = False) -> 
     return Translator(tokenizer, model.generate, positions, longest, model.device)
 
 
-def _exported(folder: Path, device: str) -> Translator:
-    exported = Exported(folder)
+def _exported(folder: Path, device: str, trust_programs: bool) -> Translator:
+    exported = Exported(folder, trust_programs=trust_programs)
     made_for = exported.manifest.device
     if device not in ("auto", made_for):
         hint = "export the model on that device"
