@@ -16,8 +16,26 @@ from plmcc.utils.types import Values
 
 LOCK = "plmcc.lock.json"
 _OWN = "sha256"
-_CODE = (".safetensors", ".bin", ".pt", ".pth", ".pt2", ".py", ".pkl", ".so", ".onnx", ".pte")
-"""Endings of files that something could load by itself: none may be beside the recorded ones."""
+_READ_BY_NOBODY = frozenset(
+    [
+        ".md",
+        ".rst",
+        ".html",
+        ".pdf",
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".gif",
+        ".svg",
+        ".csv",
+        ".tsv",
+        ".log",
+        ".yaml",
+        ".yml",
+    ]
+)
+_TABLES = ("vocab", "merges", "dict", "bpe", "spm", "tokenizer", "special", "added")
+"""How text files of tokenizers begin."""
 _HINT = "write the artifact again; if it was changed on purpose, remove plmcc.lock.json"
 
 
@@ -104,11 +122,22 @@ def check(folder: Path, only: Iterable[str] | None = None) -> list[str]:
         problems += [
             _problem(folder / name, "the file is not in plmcc.lock.json")
             for name in extra
-            if name.endswith(_CODE)
+            if _could_be_read(name)
         ]
     if problems:
         raise PlmccError(*problems)
     return extra
+
+
+def _could_be_read(name: str) -> bool:
+    """Say whether transformers, tokenizers, sentence-transformers or Python could read a file that
+    lies in an artifact: all but those of which it is known that nobody does."""
+    path = PurePosixPath(name.lower())
+    if any(part.startswith(".") for part in path.parts):  # what git and hubs leave
+        return False
+    if path.suffix == ".txt":
+        return path.name.startswith(_TABLES)
+    return path.suffix not in _READ_BY_NOBODY and path.stem not in ("license", "notice")
 
 
 def _difference(file: Path, expected: str) -> str:

@@ -119,6 +119,50 @@ def test_what_is_missing_or_added_has_a_sentence(
     assert said in " ".join(found.value.render().split())
 
 
+READ = [
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "added_tokens.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool.jinja",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.vocab",
+    "modeling.pyc",
+    "weights.ckpt",
+    "weights.pickle",
+    "weights.PT",
+    "manifest.json",
+    "aoti/model.pt2",
+    "no_ending",
+]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_a_loader_could_read_is_in_the_lock(artifact: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    assert name not in seal.read(folder)["files"]
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    with pytest.raises(PlmccError, match="the file is not in plmcc"):
+        seal.check(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "NOTES.md", ".gitattributes", ".cache/x.json", "plot.png", "LICENSE"]
+)
+def test_what_nobody_reads_is_only_told(artifact: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    assert seal.check(folder) == [name]
+
+
 def test_files_outside_of_the_artifact_are_refused(artifact: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(artifact, folder)
