@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from plmcc.cli.shrink import advise, shrink
 from plmcc.diagnostics import PlmccError, error, out_of_memory
 
 _INTERRUPTED = 130  # what typer exits with after Ctrl-C
+_TERMINATED = 128 + signal.SIGTERM
 _HELP = """Compress a pretrained language model, by a recipe of yours or by one that is chosen.
 
 Try it in a checkout, without any data:
@@ -114,6 +116,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
+    ended: list[int] = []
+
+    def terminate(number: int, _: object) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt  # as Ctrl-C: what is done is kept, children are ended
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         app()
     except PlmccError as problem:
@@ -133,7 +142,9 @@ def main() -> None:
         _fail(f"{problem.filename or 'plmcc'}: error PLM501: {problem.strerror or problem}")
     except SystemExit as end:
         if end.code == _INTERRUPTED:
-            typer.echo("stopped", err=True)
+            typer.echo("terminated" if ended else "stopped", err=True)
+        if ended:
+            sys.exit(_TERMINATED)
         raise
 
 

@@ -194,7 +194,11 @@ def test_missing_data_and_training_are_mistakes(passes: str, said: str, tmp_path
     assert "hint: add " in done.stderr
 
 
-def test_an_interrupt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_an_interrupt(tmp_path: Path, sent: signal.Signals, code: int, said: str) -> None:
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)  # opening it waits for the command, which then waits for the text
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -214,10 +218,10 @@ def test_an_interrupt(tmp_path: Path) -> None:
             # More than once: on a busy machine the first may come while a destructor runs, where
             # Python drops the exception.
             time.sleep(2)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
         _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert errors == "stopped\n"
+    assert process.returncode == code
+    assert errors == f"{said}\n"
 
 
 @pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 0.5), (["check", "RECIPE"], 1.0)])
