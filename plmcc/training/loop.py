@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,7 @@ def train(
         # Mixed precision replaces `forward` on the instance: left there, the model would go on
         # computing in bfloat16. (accelerate's own way back strips transformers' decorators too.)
         kept(model, "forward", "_original_forward"),
+        _configs_kept(model),
     ):
         trainer = _made(model, settings, training_data, location, callbacks)
         trainer.setup(settings, training_data, distill, objectives, average, timer)
@@ -70,6 +72,21 @@ def train(
         average.finish(model)
     model.eval()
     return list(trainer.state.log_history)
+
+
+@contextmanager
+def _configs_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Put back what the training changes in configurations: the Trainer turns the cache off."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found: list[Any] = [part.config for part in parts]
+    found += [c for p in parts if (c := getattr(p, "generation_config", None)) is not None]
+    before = [(config, dict(vars(config))) for config in found]
+    try:
+        yield
+    finally:
+        for config, values in before:
+            vars(config).clear()
+            vars(config).update(values)
 
 
 @contextmanager

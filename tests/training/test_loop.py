@@ -363,6 +363,19 @@ def test_only_passes_are_trained_if_asked() -> None:
     assert all(value.requires_grad != (id(value) in kept) for value in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("bert", "fill-mask"), ("gpt2", "text-generation"), ("llama", "text-generation")],
+)
+def test_training_leaves_the_configuration_as_it_was(name: str, task: str) -> None:
+    model: Any = tiny(name)
+    before = copy.deepcopy(model.config.to_dict())
+    generation = copy.deepcopy(getattr(model, "generation_config", None))
+    train(model, settings(arguments={"max_steps": 2}), training_data(task), [])
+    assert model.config.to_dict() == before
+    assert getattr(model, "generation_config", None) == generation
+
+
 def test_training_only_passes_needs_parameters_of_passes() -> None:
     chosen = settings(distill=Distill(pooled=1.0), trainable="passes")
     found = refused(encoder(), chosen, training_data("feature-extraction", teacher=encoder()), [])
