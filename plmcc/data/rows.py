@@ -13,8 +13,10 @@ import json
 import logging
 import math
 import sys
+import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,6 +364,19 @@ def _kind(file: Path) -> str:
     return suffix
 
 
+@contextmanager
+def _plain_names(paths: list[str]) -> Iterator[list[str]]:
+    """Give links to files of which the library would take a part for a variable ($HOME)."""
+    with tempfile.TemporaryDirectory(prefix="plmcc-data-") as folder:
+        found = []
+        for number, path in enumerate(paths):
+            link = Path(folder) / f"{number}{''.join(Path(path).suffixes[-2:])}"
+            if "$" in path:
+                link.symlink_to(Path(path).resolve())
+            found.append(str(link) if "$" in path else path)
+        yield found
+
+
 def _read(suffix: str, files: list[Path]) -> Dataset:
     options: Values = {}
     if suffix in (".tsv", ".csv"):
@@ -373,13 +388,14 @@ def _read(suffix: str, files: list[Path]) -> Dataset:
     elif suffix == ".txt":
         options = {"encoding": "utf-8-sig"}
     paths = [str(file) for file in files]
-    names = [glob.escape(path) for path in paths]  # the library takes them for patterns
     # What the library logs of a file that it cannot read is said below, with its line.
     logger = logging.getLogger("datasets")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        return load_dataset(_BUILDERS[suffix], data_files=names, split="train", **options)
+        with _plain_names(paths) as plain:
+            names = [glob.escape(path) for path in plain]  # the library takes them for patterns
+            return load_dataset(_BUILDERS[suffix], data_files=names, split="train", **options)
     except Exception as problem:  # as above
         reason = problem.__cause__ or problem
         for file in files if suffix in (".json", ".jsonl") else ():

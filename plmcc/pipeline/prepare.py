@@ -206,6 +206,22 @@ def _check_data(recipe: Recipe, source: Source) -> None:
             check_architecture(source, key)
 
 
+def _check_finite(_: Recipe, source: Source) -> None:
+    """Refuse weights that are not numbers: whatever is measured, fitted or trained would fail late,
+    or mean nothing."""
+    for name, value in source.model.named_parameters():
+        if value.is_meta or not value.is_floating_point():
+            continue
+        wrong = sum(
+            int((~torch.isfinite(part)).sum()) for part in value.detach().reshape(-1).split(_PART)
+        )
+        if wrong:
+            message = "a tensor of the model has values that are not finite"
+            got = f"{name}: {wrong:,} of {value.numel():,}"
+            hint = "the checkpoint is damaged: load it in its own dtype, or get it again"
+            raise error("PLM303", message, source.name, got=got, hint=hint)
+
+
 def _check_quantized(_: Recipe, source: Source) -> None:
     """Refuse what would need the weights that another library has quantized."""
     method = artifact.method_of(source.model.config)
@@ -216,10 +232,13 @@ def _check_quantized(_: Recipe, source: Source) -> None:
     raise error("PLM303", message, source.name, hint=hint)
 
 
+_PART = 2**24
+"""Values that are looked at together: a mask of all would take memory."""
 CHECKS: tuple[Callable[[Recipe, Source], None], ...] = (
     check_lower,
     _check_trained,
     _check_data,
     _check_quantized,
+    _check_finite,
 )
 """Checks of a whole recipe on a model: `apply` raises the first error, `plan` lists all."""

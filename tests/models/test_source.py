@@ -332,6 +332,17 @@ def test_a_classifier_without_padding_gets_the_same_in_model_and_tokenizer(tmp_p
     assert plmcc.load(tmp_path / "out").config.pad_token_id == tokenizer.pad_token_id == 2
 
 
+def test_a_dollar_in_a_name_is_no_variable(tmp_path: Path) -> None:
+    for name in ("data$HOME.txt", "data1.txt", "data[1].txt"):
+        (tmp_path / name).write_text(f"{name}\n")
+    (tmp_path / "$HOME").mkdir()
+    (tmp_path / "$HOME" / "rows.csv").write_text("text,label\na,1\n")
+    assert load_rows(str(tmp_path / "data$HOME.txt")).texts() == ["data$HOME.txt"]
+    found = load_rows(str(tmp_path / "data*.txt")).texts()
+    assert sorted(found) == ["data$HOME.txt", "data1.txt", "data[1].txt"]
+    assert load_rows(str(tmp_path / "$HOME" / "rows.csv")).texts() == ["a"]
+
+
 def test_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
     folder = tmp_path / "data [v1]"
     folder.mkdir()

