@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plmcc.data import chat, classification, question_answering, token_classification
 from plmcc.data.check import rows_of
@@ -188,24 +188,7 @@ def _encoded(
     key: str,
 ) -> tuple[object, list[str]]:
     tokenizer = source.need_tokenizer("reading text")
-    if target is not None and source.task != "translation":
-        hint = "set `task: translation`, or remove it"
-        raise error(
-            "PLM303",
-            f"{source.task} does not use translations",
-            f"{key}.target",
-            got=source.task,
-            hint=hint,
-        )
-    unused = {
-        "stride": data.stride is not None and source.task != question_answering.TASK,
-        "pack": data.pack and source.task != GENERATION,
-    }
-    for name, given in unused.items():
-        if given:
-            message, value = f"`{name}` has no effect on {source.task}", getattr(data, name)
-            given_as = str(value).lower()
-            raise error("PLM303", message, f"{key}.{name}", got=given_as, hint="remove it")
+    _check_used(data, target, source.task, key)
     rows = source_rows(source, data, names, base, target)
     length, notes = source.max_length(data.max_length), []
     if "max_length" in data.model_fields_set and length < data.max_length:
@@ -218,7 +201,49 @@ def _encoded(
     if data.pack:
         return packed(rows, tokenizer, length), notes
     encoded = encode(rows, source.task, tokenizer, length, source.model.config, data.stride)
-    return encoded, notes
+    kept = _with_targets(encoded, source.task, tokenizer)
+    if len(kept) < len(encoded):
+        left = f"{len(encoded) - len(kept)} rows of {rows.source} have nothing to predict"
+        notes.append(f"{left}, and are left out")
+    return kept, notes
+
+
+def _check_used(data: Data, target: str | list[str] | None, task: str, key: str) -> None:
+    """Refuse what has no effect on a task."""
+    if target is not None and task != "translation":
+        hint = "set `task: translation`, or remove it"
+        raise error(
+            "PLM303",
+            f"{task} does not use translations",
+            f"{key}.target",
+            got=task,
+            hint=hint,
+        )
+    unused = {
+        "stride": data.stride is not None and task != question_answering.TASK,
+        "pack": data.pack and task != GENERATION,
+    }
+    for name, given in unused.items():
+        if given:
+            message, value = f"`{name}` has no effect on {task}", getattr(data, name)
+            given_as = str(value).lower()
+            raise error("PLM303", message, f"{key}.{name}", got=given_as, hint="remove it")
+
+
+def _with_targets(encoded: Any, task: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the rows of a language model that have something to predict: a second token, or one
+    that can be masked. The loss of a batch without any is a mean over nothing."""
+    if task == GENERATION:
+        rows = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > 1]
+    elif task == "fill-mask":
+        special = set(tokenizer.all_special_ids)
+        rows = [i for i, ids in enumerate(encoded["input_ids"]) if not special.issuperset(ids)]
+    else:
+        return encoded
+    if not rows:
+        message, hint = "no text has anything to predict", "use text that the tokenizer knows"
+        raise error("PLM303", message, "data", hint=hint)
+    return encoded if len(rows) == len(encoded) else encoded.select(rows)
 
 
 def check_end(source: Source) -> None:

@@ -39,10 +39,9 @@ def train(
     steps: int | None = None,
     folder: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Train in place and return the Trainer's log (losses, learning rates, steps).
-
-    Objectives are told that there are `steps` steps; by default as many as there are. With a
-    `folder` checkpoints are written into it, and a training that has some there goes on.
+    """Train in place and return the Trainer's log. Objectives are told that there are `steps`
+    steps; by default as many as there are. With a `folder` checkpoints are written into it, and a
+    training that has some there goes on.
 
     Raises:
         PlmccError: there is nothing to learn from, the teacher does not fit, or the loss is not
