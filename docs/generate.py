@@ -245,7 +245,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         "choosing-a-pass.md",
         {"Guides": guides},
         {"Passes": passes},
-        {"Reference": ["commands.md", "artifact.md", "errors.md"]},
+        {"Reference": ["commands.md", "artifact.md", "security.md", "errors.md"]},
         "results.md",
         {"Extending plmcc": ["writing-a-pass.md", "hooks.md", "architecture.md"]},
     ]
