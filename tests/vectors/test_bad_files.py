@@ -107,8 +107,8 @@ def test_a_model_with_nan(
     code, printed = applied("model", entry, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     error = one_paragraph(printed)
-    assert error.startswith(f"model: {PLACE['model']}: error PLM203: the table contains values")
-    assert "not finite, the first in row 7" in error
+    assert "error PLM303: a tensor of the model has values that are not finite" in error
+    assert f"{PLACE['model']}.weight: 1 of 3,168" in error
 
 
 def test_vectors_with_nan(
