@@ -172,9 +172,10 @@ class Distillation:
         if self.settings.logits:
             names = [name for name in _SPANS if name in output] or ["logits"]
             judged_BL = mask_BL
-            if self.task == GENERATION and "labels" in batch:  # what is learned next
-                learned_BL = torch.cat([batch["labels"][:, 1:] != -100, mask_BL[:, -1:] > 0], 1)
-                judged_BL = mask_BL * learned_BL
+            if self.task == GENERATION and "labels" in batch:  # not before what is not learned
+                unlearned_BL = (batch["labels"] == -100) & (mask_BL > 0)
+                judged_BL = mask_BL.clone()
+                judged_BL[:, :-1] *= ~unlearned_BL[:, 1:]
             if self.task == token_classification.TASK and "labels" in batch:
                 judged_BL = (batch["labels"] != token_classification.IGNORED).long()
             terms = [self._logits(output[name], teacher[name], judged_BL) for name in names]
