@@ -28,6 +28,8 @@ from plmcc.passes.structured_pruning.cuts import Cut, Cuts, Part, PrunableSite
 from plmcc.passes.structured_pruning.sizes import Counts, Layer, counts_for, counts_of_least_cost
 
 _KEPT = 0.8
+_TOLERANCE = 0.05
+"""How far what is left may be from what was asked."""
 
 
 class Target(BaseModel):
@@ -105,7 +107,9 @@ class StructuredPruning(Pass):
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the layers with what they will keep."""
-        linears, sites, found = by_path(program), [], []
+        linears = by_path(program)
+        sites: list[Site] = []
+        every: list[Layer] = []
         for site in program.resolve(self.targets, "layer", self.expect):
             parts = site if isinstance(site, Miss) else read(program, site.path, linears)
             if isinstance(site, Miss) or isinstance(parts, Miss):
@@ -115,9 +119,9 @@ class StructuredPruning(Pass):
                 yield Miss(site.path, reason)
             else:
                 sites.append(site)
-                found.append(Layer(site.module, self._wanted(parts)))
+                every.append(Layer(site.module, parts))
         if sites:
-            yield from self._sized(program, sites, found)
+            yield from self._sized(program, sites, every)
 
     def _lacking(self, parts: Parts) -> str:
         """Say why nothing of what is to be removed can be; empty if it can."""
@@ -132,19 +136,23 @@ class StructuredPruning(Pass):
         return Parts(parts.attention if heads else (), networks, parts.refused)
 
     def _sized(
-        self, program: Program, sites: Sequence[Site], layers: Sequence[Layer]
+        self, program: Program, sites: Sequence[Site], every: Sequence[Layer]
     ) -> Iterator[Site | Miss]:
-        share = self.target.parameters or self.target.flops or _KEPT
+        asked = self.target.parameters or self.target.flops or _KEPT
         length = self.target.length if self.target.flops else None
+        layers = [Layer(one.module, self._wanted(one.parts)) for one in every]
+        own, total = (sum(x.whole(length) for x in some) for some in (layers, every))
+        part = own / total  # FLOPs are counted of all parts, whatever is removed
+        share = 1 - (1 - asked) / part
         count = partial(counts_for, layers, share, self.remove, self.multiple_of, length)
         counts = count()
         sizes: Sizes | None = {}
         reason = ""
         if not isinstance(counts, Counts):
-            what = " and ".join(self.remove)
-            reason = f"{share:g} of these layers is asked for; without {what} {counts:.3g} is left"
+            what, least = " and ".join(self.remove), 1 - (1 - counts) * part
+            reason = f"{asked:g} of these layers is asked for; without {what} {least:.3g} is left"
         elif all(layer.groups(p) == n for layer, n, p in _pairs(layers, counts)):
-            reason = f"{share:g} of these layers is all of them, in the multiples that are kept"
+            reason = f"{asked:g} of these layers is all of them, in the multiples that are kept"
         elif self._is_uniform(program):
             # Some configurations refuse numbers of heads that do not divide the hidden size.
             for tried in _near(layers, counts):
@@ -153,6 +161,11 @@ class StructuredPruning(Pass):
                 sizes, reason = _uniform(program, sites, layers, counts)
                 if not reason:
                     break
+        if isinstance(counts, Counts) and not reason:
+            left = 1 - (1 - counts.left) * part
+            if abs(left - asked) > _TOLERANCE:
+                reason = f"the nearest to {asked:g} that can be kept is {left:.2g}, in whole heads "
+                reason += "and multiples of neurons: ask for that, or change `remove`"
         if reason or not isinstance(counts, Counts):
             yield from (Miss(site.path, reason) for site in sites)
             return
@@ -217,7 +230,9 @@ def _uniform(
     for site, layer, kept in zip(sites, layers, counts.kept, strict=True):
         for part, count in zip(layer.parts.every(), kept, strict=True):
             has = layer.groups(part)
-            shapes |= _shapes(site.path, layer.module, part, count / has)
+            for path, linear in _smaller(layer.module, part, count / has).items():
+                for name, value in linear.named_parameters():
+                    shapes[f"{site.path}.{path}.{name}"] = tuple(value.shape)
             if isinstance(part, Attention):
                 ratio = part.heads // part.kv_heads
                 changes |= {("head", has * ratio, count * ratio), ("head", has, count)}
@@ -233,21 +248,25 @@ def _uniform(
     return None, f"the configuration cannot say that its layers are smaller: {what}; {hint}"
 
 
-def _shapes(path: str, layer: nn.Module, part: Part, left: float) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a part of which a share is left."""
-    found: dict[str, tuple[int, ...]] = {}
-    for role, name in part.linears.items():
-        linear = layer.get_submodule(name)
-        side = 1 if role in ("o", "fc2") else 0
-        shape = list(matrix(linear).shape)
-        shape[side] = round(shape[side] * left)
-        turned = linear.get_parameter("weight").shape != matrix(linear).shape or (
-            type(linear).__name__ == "Conv1D"
-        )
-        found[f"{path}.{name}.weight"] = tuple(shape[::-1] if turned else shape)
-        if getattr(linear, "bias", None) is not None:
-            found[f"{path}.{name}.bias"] = (shape[0],)
+def _smaller(layer: nn.Module, part: Part, left: float) -> dict[str, nn.Module]:
+    """Return empty linears of a part by path, of which a share is left."""
+    found: dict[str, nn.Module] = {}
+    for role, path in part.linears.items():
+        old = layer.get_submodule(path)
+        rows, columns = matrix(old).shape
+        if role in ("o", "fc2"):
+            columns = round(columns * left)
+        else:
+            rows = round(rows * left)
+        found[path] = _empty(old, rows, columns)
     return found
+
+
+def _empty(old: nn.Module, rows: int, columns: int) -> nn.Module:
+    """Return a linear of the kind of another, and of another shape, that holds nothing yet."""
+    bias = getattr(old, "bias", None)
+    weight = old.get_parameter("weight").new_empty(rows, columns)
+    return plain(old, weight, None if bias is None else bias.new_empty(rows))
 
 
 def _first(site: PrunableSite) -> Cut:
@@ -260,15 +279,7 @@ def _first(site: PrunableSite) -> Cut:
             left = count / part.kv_heads
         else:
             left = count / len(matrix(site.module.get_submodule(part.linears["fc1"])))
-        shapes = _shapes("", site.module, part, left)
-        for path in part.linears.values():
-            old = site.module.get_submodule(path)
-            rows, columns = shapes[f".{path}.weight"]
-            if type(old).__name__ == "Conv1D":
-                rows, columns = columns, rows
-            weight = old.get_parameter("weight").new_empty(rows, columns)
-            bias = getattr(old, "bias", None)
-            cut.linears[path] = plain(old, weight, None if bias is None else bias.new_empty(rows))
+        cut.linears |= _smaller(site.module, part, left)
     return cut
 
 
@@ -366,11 +377,7 @@ class SmallerLayer(Hard):
         if all(matrix(olds[name]).shape == shape for name, shape in self.shapes.items()):
             return
         for name, (rows, columns) in self.shapes.items():
-            old = olds[name]
-            bias = getattr(old, "bias", None)
-            weight = old.get_parameter("weight").new_empty(rows, columns)
-            fresh = None if bias is None else bias.new_empty(rows)
-            layer.set_submodule(name, plain(old, weight, fresh).train(old.training))
+            layer.set_submodule(name, _empty(olds[name], rows, columns).train(olds[name].training))
         for block, kept in self.blocks:
             if len(kept) < block.heads:
                 resize(layer.get_submodule(block.path), block, kept)

@@ -234,8 +234,10 @@ def _asked(
                 found.append(Evaluate.model_validate(values | ({"data": file} if file else {})))
             except ValidationError as problem:
                 first = problem.errors()[0]
-                place = f"--{first['loc'][0]}" if first["loc"] else "--metric"
-                raise error("PLM502", first["msg"], place, got=repr(first["input"])) from None
+                at, got = first["loc"] or first.get("ctx", {}).get("at", ()), repr(first["input"])
+                place = f"--{at[0]}" if at else "--metric"
+                got = "" if not first["loc"] else got
+                raise error("PLM502", first["msg"], place, got=got) from None
     return found
 
 

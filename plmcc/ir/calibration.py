@@ -251,13 +251,15 @@ class Calibration:
         return {k: mean if kind == "second_moment" else mean.sqrt() for k, mean in means.items()}
 
     def real_tokens(self, x: Tensor) -> Tensor:
-        """Return the vectors (N, D) of hidden states (B, L, D) that do not belong to padding.
+        """Return the vectors (N, D) of hidden states (B, L, D) or (B L, D) that are no padding.
 
         To be called while a batch runs, as by `note` of `observe`.
         """
         mask = self._mask
         if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
             return x[mask.bool()].float()
+        if mask is not None and x.dim() == 2 and len(x) == mask.numel():  # OPT flattens them
+            return x[mask.flatten().bool()].float()
         return x.flatten(0, -2).float()
 
 

@@ -21,6 +21,8 @@ from plmcc.pipeline.datasets import check_architecture
 from plmcc.recipe.load import Recipe
 from plmcc.recipe.needs import check_trained
 from plmcc.report.result import Log
+from plmcc.training.adapters import adapted
+from plmcc.utils.extras import library
 from plmcc.utils.types import Values
 
 
@@ -206,6 +208,15 @@ def _check_data(recipe: Recipe, source: Source) -> None:
             check_architecture(source, key)
 
 
+def _check_adapters(recipe: Recipe, source: Source) -> None:
+    """Check that adapters can be trained, before anything is rewritten."""
+    for stage in recipe.steps():
+        asked = stage.train.lora() if stage.train else None
+        if asked is not None:
+            library("peft", "peft", "`trainable: {lora: ...}`", "train.trainable")
+            adapted(source.model, asked)
+
+
 def _check_finite(_: Recipe, source: Source) -> None:
     """Refuse weights that are not numbers: whatever is measured, fitted or trained would fail late,
     or mean nothing."""
@@ -240,5 +251,6 @@ CHECKS: tuple[Callable[[Recipe, Source], None], ...] = (
     _check_data,
     _check_quantized,
     _check_finite,
+    _check_adapters,
 )
 """Checks of a whole recipe on a model: `apply` raises the first error, `plan` lists all."""

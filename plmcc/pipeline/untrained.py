@@ -46,7 +46,7 @@ def bits_note(
             bits = 8 * site.bytes_after / math.prod(site.shape)
             if bits < 4:
                 what = f"{site.path} will have {bits:.2g} bits a dimension, and no training follows"
-                return [f"{what}: language models lose most of what they know by that"]
+                return [f"{what}: measure the perplexity, or distill"]
     return []
 
 

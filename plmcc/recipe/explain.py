@@ -211,12 +211,15 @@ def _fields(kind: object) -> Values:
 
 def _bad_value(group: Sequence[_Found], path: Steps) -> tuple[str, str, str, str]:
     # Of the branches of a union, the one whose type fits says what is really wrong.
+    every = group
     group = [found for found in group if found.details["type"] not in _WANTED] or group
     details = group[0].details
     kind, context, value = details["type"], details.get("ctx", {}), details["input"]
     name = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this item"
     if kind == "plmcc":
         return context["code"], context["text"], "", context["hint"]
+    if kind == "literal_error":  # a word, or the mapping that may stand in its place
+        group = [*group, *(f for f in every if _wanted(f.details) == "a mapping")]
     wanted = list(dict.fromkeys(_wanted(found.details) for found in group))
     if all(wanted):
         code, problem = _mismatch(kind)

@@ -34,5 +34,9 @@ def check_calibrated(recipe: Recipe) -> None:
         for index, chosen in enumerate(stage.passes):
             if reason := chosen.needs_data():
                 hint = "add `calibrate: {data: FILE}`, or `{data: synthetic}` for random token ids"
+                own = "text" in type(chosen).model_fields
+                hint = (
+                    f"add `text: FILE` to the pass, or {hint.removeprefix('add ')}" if own else hint
+                )
                 location = recipe.pass_location(number, index)
                 raise error("PLM303", reason, location, got="no data", hint=hint)

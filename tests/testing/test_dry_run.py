@@ -109,6 +109,23 @@ def test_the_command_fails_with_the_recipe(tmp_path: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "passes: [drop_layers: {keep: 1, select: even}]\n",  # an ordinary checkpoint
+        "passes: [structured_pruning: {multiple_of: 4}]\ncalibrate: {data: synthetic}\n",
+        "passes: [movement_pruning: {method: magnitude, granularity: neuron, density: 0.5}]\n"
+        "lower: {quantize: int8}\n",  # modules of one pass in layers of another
+    ],
+    ids=["layers", "neurons", "inside"],
+)
+def test_recipes_for_language_models_pass(text: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"plmcc: 1\ntask: text-generation\n{text}")
+    done = run("test", recipe, folder_of("llama", tmp_path / "model"))
+    assert done.returncode == 0, done.stdout
+
+
 # --- reduced copies
 
 

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+import plmcc
 from plmcc import rewrite
 from plmcc.data.collate import collator
 from plmcc.diagnostics import PlmccError
@@ -105,6 +106,21 @@ def test_targets_that_hold_no_linear_layer_are_refused() -> None:
     assert caught.value.diagnostics[0].location == "train.trainable"
 
 
+def test_targets_are_checked_before_anything_is_rewritten(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("w1 w2 w3\n" * 9)
+    text = (
+        "plmcc: 1\ntask: text-generation\npasses: [drop_layers: {keep: 1, select: even}]\n"
+        f"train:\n  data: {{train: {tmp_path / 'a.txt'}}}\n"
+        "  trainable: {lora: {targets: '*.qproj'}}\n"
+    )
+    said: list[str] = []
+    with pytest.raises(PlmccError, match="matches nothing of the kind linear"):
+        plmcc.apply(parse_recipe(text, load_torch=True), tmp_path / "model", log=said.append)
+    assert not any("rewriting" in line for line in said)
+
+
 def test_the_recipe_and_the_plan_know_adapters(tmp_path: Path) -> None:
     text = (
         "plmcc: 1\ntask: text-generation\n"
@@ -122,3 +138,5 @@ def test_the_recipe_and_the_plan_know_adapters(tmp_path: Path) -> None:
     assert found.gradients == 4 * 2 * 4 * (32 + 32)
     with pytest.raises(PlmccError, match="rank"):
         parse_recipe(text.replace("r: 4", "rank: 4"))
+    with pytest.raises(PlmccError, match="or a mapping"):
+        parse_recipe(text.replace("{lora: {r: 4, targets: '*.q_proj'}}", "lora"))
