@@ -62,7 +62,8 @@ class DropLayers(Pass):
     """The number of layers to keep, or a list of layers, counted from 0."""
     select: Literal["even", "importance"] | None = None
     """For a number: evenly spaced, first and last included, or the most important ones. By default
-    `importance` for models with a decoder only, which evenly spaced layers ruin."""
+    `importance` with `text`, and for models with a decoder only, which evenly spaced layers
+    ruin."""
     importance: Literal["influence", "perplexity"] = "influence"
     """What is important: how much a layer changes the hidden states, or by how much its absence
     raises the loss, measured again after each layer that goes."""
@@ -83,14 +84,16 @@ class DropLayers(Pass):
 
     def needs_data(self) -> str:
         """Importance is measured."""
-        measured = self.select == "importance" and not isinstance(self.keep, list)
+        asked = self.select == "importance" or self.text
+        measured = asked and not isinstance(self.keep, list)
         return "`select: importance` measures what each layer changes" if measured else ""
 
     def _measures(self, model: PreTrainedModel) -> bool:
         """Say whether it is measured which layers stay."""
         if self.select is not None or isinstance(self.keep, list):
             return self.select == "importance" and not isinstance(self.keep, list)
-        return model.can_generate() and not model.config.is_encoder_decoder
+        decodes = model.can_generate() and not model.config.is_encoder_decoder
+        return decodes or bool(self.text)
 
     def match(self, program: Program) -> Iterator[Site | Miss]:
         """Yield the stacks that have more layers than are kept."""

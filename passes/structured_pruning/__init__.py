@@ -138,37 +138,16 @@ class StructuredPruning(Pass):
     def _sized(
         self, program: Program, sites: Sequence[Site], every: Sequence[Layer]
     ) -> Iterator[Site | Miss]:
-        asked = self.target.parameters or self.target.flops or _KEPT
-        length = self.target.length if self.target.flops else None
+        length = self._length()
         layers = [Layer(one.module, self._wanted(one.parts)) for one in every]
         own, total = (sum(x.whole(length) for x in some) for some in (layers, every))
         part = own / total  # FLOPs are counted of all parts, whatever is removed
-        share = 1 - (1 - asked) / part
-        count = partial(counts_for, layers, share, self.remove, self.multiple_of, length)
-        counts = count()
-        sizes: Sizes | None = {}
-        reason = ""
-        if not isinstance(counts, Counts):
-            what, least = " and ".join(self.remove), 1 - (1 - counts) * part
-            reason = f"{asked:g} of these layers is asked for; without {what} {least:.3g} is left"
-        elif all(layer.groups(p) == n for layer, n, p in _pairs(layers, counts)):
-            reason = f"{asked:g} of these layers is all of them, in the multiples that are kept"
-        elif self._is_uniform(program):
-            # Some configurations refuse numbers of heads that do not divide the hidden size.
-            for tried in _near(layers, counts):
-                counts = count(tried)
-                assert isinstance(counts, Counts)
-                sizes, reason = _uniform(program, sites, layers, counts)
-                if not reason:
-                    break
-        if isinstance(counts, Counts) and not reason:
-            left = 1 - (1 - counts.left) * part
-            if abs(left - asked) > _TOLERANCE:
-                reason = f"the nearest to {asked:g} that can be kept is {left:.2g}, in whole heads "
-                reason += "and multiples of neurons: ask for that, or change `remove`"
-        if reason or not isinstance(counts, Counts):
-            yield from (Miss(site.path, reason) for site in sites)
+        share = 1 - (1 - self._asked()) / part
+        found = self._counted(program, sites, layers, share, part)
+        if isinstance(found, str):
+            yield from (Miss(site.path, found) for site in sites)
             return
+        counts, sizes = found
         budget = partial(
             counts_of_least_cost,
             layers=layers,
@@ -181,8 +160,51 @@ class StructuredPruning(Pass):
         for site, layer, kept in zip(sites, layers, counts.kept, strict=True):
             place = (site.kind, site.paths, site.roles, site.modules)
             yield PrunableSite(
-                *place, parts=layer.parts, counts=tuple(kept), sizes=sizes or {}, cuts=cuts
+                *place, parts=layer.parts, counts=tuple(kept), sizes=sizes, cuts=cuts
             )
+
+    def _asked(self) -> float:
+        return self.target.parameters or self.target.flops or _KEPT
+
+    def _length(self) -> int | None:
+        return self.target.length if self.target.flops else None
+
+    def _counted(
+        self,
+        program: Program,
+        sites: Sequence[Site],
+        layers: Sequence[Layer],
+        share: float,
+        part: float,
+    ) -> tuple[Counts, Sizes] | str:
+        """Return what layers keep, with the entries of the configuration that say it where all keep
+        the same; or why the target cannot be met."""
+        asked = self._asked()
+        count = partial(counts_for, layers, share, self.remove, self.multiple_of, self._length())
+        counts = count()
+        sizes: Sizes | None = {}
+        if not isinstance(counts, Counts):
+            what, least = " and ".join(self.remove), 1 - (1 - counts) * part
+            return f"{asked:g} of these layers is asked for; without {what} {least:.3g} is left"
+        if all(layer.groups(p) == n for layer, n, p in _pairs(layers, counts)):
+            return f"{asked:g} of these layers is all of them, in the multiples that are kept"
+        if self._is_uniform(program):
+            # Some configurations refuse numbers of heads that do not divide the hidden size.
+            for tried in _near(layers, counts):
+                counts = count(tried)
+                assert isinstance(counts, Counts)
+                sizes, reason = _uniform(program, sites, layers, counts)
+                if not reason:
+                    break
+            else:
+                return reason
+        left = 1 - (1 - counts.left) * part
+        if abs(left - asked) > _TOLERANCE:
+            return (
+                f"the nearest to {asked:g} that can be kept is {left:.2g}, in whole heads and "
+                "multiples of neurons: ask for that, or change `remove`"
+            )
+        return counts, sizes or {}
 
     def _is_uniform(self, program: Program) -> bool:
         if self.uniform is not None or self.scope == "global":

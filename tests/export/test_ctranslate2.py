@@ -17,7 +17,7 @@ from support.tiny_models import tiny
 from support.tokenizers import words
 
 ctranslate2 = pytest.importorskip("ctranslate2")
-LAYERS = "passes: [{drop_layers: {keep: 1, targets: decoder}}]"
+LAYERS = "passes: [{drop_layers: {keep: 1, targets: decoder, select: even}}]"
 
 
 def applied(kind: str, passes: str, folder: Path) -> Path:

@@ -237,7 +237,7 @@ def test_importance_is_not_measured_on_made_up_data_unasked() -> None:
     model = deep()
     with pytest.raises(plmcc.PlmccError, match="`select: importance` measures") as caught:
         plmcc.Pipeline([DropLayers(keep=3, select="importance")])(model)
-    assert "add `calibrate: {data: FILE}`" in str(caught.value)
+    assert "or `calibrate: {data: FILE}`" in str(caught.value)
     assert len(decoder(model)) == 5
 
 
@@ -248,3 +248,13 @@ def test_layers_that_are_rewritten_already_are_not_dropped(chosen: Any) -> None:
     plmcc.Pipeline([chosen])(model)
     with pytest.raises(plmcc.PlmccError, match="drop layers before other passes"):
         plmcc.Pipeline([DropLayers(targets="encoder", keep=1)])(model)
+
+
+def test_text_is_measured_on_also_in_an_encoder(tmp_path: Path) -> None:
+    """It was left unused there, where layers are evenly spaced by default."""
+    model, text = tiny("bert"), tmp_path / "text.txt"
+    text.write_text("w1 w2 w3\nw4 w5 w6\n")
+    given = DropLayers(keep=1, text=str(text))
+    assert given.needs_data()
+    assert given._measures(model)
+    assert not DropLayers(keep=1)._measures(model)
