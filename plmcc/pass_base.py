@@ -6,11 +6,11 @@ to *describe* a pass stays apart from what is needed to *run* one (`plmcc.api`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import regex
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -79,8 +79,8 @@ class Pass(BaseModel):
         for index, target in enumerate([targets] if isinstance(targets, str) else targets):
             pattern = target.removeprefix("re:")
             try:
-                re.compile(pattern if pattern != target else "")
-            except (re.error, OverflowError, RecursionError) as problem:
+                regex.compile(pattern if pattern != target else "")
+            except (regex.error, OverflowError, RecursionError) as problem:
                 at = () if isinstance(targets, str) else (index,)
                 message = f"`{pattern}` is not a regular expression: {problem}"
                 hint = "put a backslash before characters that are meant literally"

@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from plmcc.artifact import lock as seal
-from plmcc.diagnostics import error
+from plmcc.diagnostics import error, listing
 from plmcc.utils.types import Values
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 METHOD = "plmcc"
 FORMAT = 1
-_MOST_LAYERS = 10_000
-_NEW = 2**26
+MOST_LAYERS = 1_000
+NEW = 2**26
 """Parameters that a head may have which the weight files do not hold."""
 _COMPUTED = 2**22
 """The same of a table of positions: some architectures compute theirs value by value."""
@@ -79,8 +79,8 @@ class PlmccConfig(PreTrainedConfig):
 def _check_depth(values: Values) -> None:
     """Refuse numbers of layers that would take forever to build."""
     for key, value in values.items():
-        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
-            allowed = f"at most {_MOST_LAYERS}"
+        if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+            allowed = f"at most {MOST_LAYERS}"
             message = "the number of layers is too large"
             raise error("PLM402", message, f"config.json: {key}", got=str(value), allowed=allowed)
 
@@ -190,6 +190,7 @@ class PlmccQuantizer(HfQuantizer):
             path = _locate(model, record.paths[0])
             if path is not None:
                 _check_tensors(model.get_submodule(path).state_dict(), record, saved)
+        _check_missing(model, saved)
         return model
 
     def _process_model_after_weight_loading(
@@ -358,7 +359,7 @@ def _check_size(model: PreTrainedModel, saved: dict[str, tuple[int, ...]]) -> No
         # With buffers: a bias over the vocabulary may be one. Shared parameters count once.
         values = {id(value): value for value in model.state_dict(keep_vars=True).values()}
         asked = sum(value.numel() for value in values.values())
-        if asked > 2 * held + _NEW:
+        if asked > 2 * held + NEW:
             message = "the configuration describes a model much larger than the weight files"
             given = f"{asked:,} values, and {held:,} in the files"
             raise error("PLM402", message, "config.json", got=given)
@@ -396,6 +397,32 @@ def _check_removed(model: PreTrainedModel, saved: dict[str, tuple[int, ...]]) ->
             message = f"a pass removed the tensor {name}, and the config does not say which"
             hint = "the artifact is damaged: write it again"
             raise error("PLM402", message, "config.json: quantization_config", hint=hint)
+
+
+def _check_missing(model: PreTrainedModel, saved: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a model whose body has tensors that the files lack: they would be random.
+
+    A head may be new, and the pooler of many encoders is.
+    """
+    prefix = f"{model.base_model_prefix}."
+    known = {key.removeprefix(prefix) for key in saved}
+    ignored = (
+        [*model._keys_to_ignore_on_load_missing] if model._keys_to_ignore_on_load_missing else []
+    )
+    tied = {name.removeprefix(prefix) for name in model.all_tied_weights_keys}
+    names = model.base_model.state_dict() if saved else {}
+    missing = [
+        name
+        for name in names
+        if name not in known
+        and name not in tied
+        and "pooler" not in name
+        and not any(re.search(pattern, f"{prefix}{name}") for pattern in ignored)
+    ]
+    if missing:
+        message = f"{len(missing)} tensors are not in the weight files and would be random"
+        hint = "the artifact is damaged: write it again"
+        raise error("PLM402", message, "config.json", got=listing(missing, 3), hint=hint)
 
 
 def _check_tensors(

@@ -6,6 +6,7 @@ for weights and config whenever an artifact is loaded from where it was written.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,13 @@ _HINT = "write the artifact again; if it was changed on purpose, remove plmcc.lo
 
 
 def digest(file: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file, which may have no end.
+    """
+    if not file.is_file() and file.exists():
+        raise OSError(errno.EINVAL, "it is not a regular file")
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -74,6 +81,8 @@ def read(folder: Path) -> Values:
     """
     file = folder / LOCK
     try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file")
         raw = file.read_bytes()
         values = json.loads(raw.decode("utf-8"))
     except FileNotFoundError:

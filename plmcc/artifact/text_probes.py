@@ -22,6 +22,7 @@ from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrai
 
 from plmcc.data.pooling import MODULES
 from plmcc.diagnostics import PlmccError, error
+from plmcc.utils.files import read_json
 from plmcc.utils.numerics import relative_difference
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
@@ -68,7 +69,7 @@ def is_cross_encoder(folder: Path) -> bool:
     """Say whether a model directory is a CrossEncoder of sentence-transformers."""
     for name in ("config_sentence_transformers.json", "config.json"):
         file = folder / name
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        values = read_json(file) if file.is_file() else {}
         if values.get("model_type") == _CROSS_ENCODER:
             return True
         if name == "config.json" and "activation_fn" in (values.get("sentence_transformers") or {}):
@@ -121,7 +122,7 @@ def _stored(file: Path) -> tuple[list[str], list[list[int]], Tensor | None, bool
         PlmccError: the file holds something else.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         texts, ids = [str(text) for text in values["texts"]], list(values["ids"])
         vectors = torch.tensor(values["vectors"]) if "vectors" in values else None
         if len(texts) != len(ids):

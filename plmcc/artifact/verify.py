@@ -6,7 +6,6 @@ outputs.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from plmcc.artifact import lock as seal
 from plmcc.artifact import text_probes
+from plmcc.artifact.limits import check_config, check_size
+from plmcc.artifact.load import complete, readable
 from plmcc.catalog import registry as catalog
-from plmcc.data.tasks import auto_class, task_of
-from plmcc.diagnostics import PlmccError, error, listing
+from plmcc.data.tasks import architecture_of, auto_class, own_class, task_of
+from plmcc.diagnostics import PlmccError, error
 from plmcc.ir.probes import probe_inputs
 from plmcc.rewrite import Record, changed_code
+from plmcc.utils.files import read_json
 from plmcc.utils.numerics import relative_difference
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -180,24 +181,15 @@ def _loaded(folder: Path, own: bool = False) -> PreTrainedModel:
     Raises:
         PlmccError: tensors are missing (and would be random), left over, or of another shape.
     """
+    check_config(folder)
     config = AutoConfig.from_pretrained(folder)
-    kind = auto_class(task_of((config.architectures or [""])[0], folder), config)
+    kind = auto_class(task_of(architecture_of(config), folder), config)
+    check_size(folder, config, kind)
     given: dict[str, Any] = {"config": config}
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    named = own_class(architecture_of(config))
     if own and named is not None:
         kind, given = named, {}
-    model, info = kind.from_pretrained(folder, output_loading_info=True, **given)
-    wrong = {
-        "are not in the weight files and would be random": info["missing_keys"],
-        "are in the weight files and belong nowhere": info["unexpected_keys"],
-        "have another shape in the weight files": [name for name, *_ in info["mismatched_keys"]],
-    }
-    for message, names in wrong.items():
-        if names:
-            listed = listing(sorted(names), 3)
-            raise error("PLM402", f"{len(names)} tensors {message}: {listed}", str(folder))
-    found: PreTrainedModel = model
-    return found
+    return complete(kind, folder, **given)
 
 
 @dataclass(frozen=True)
@@ -226,9 +218,10 @@ def prove(folder: Path) -> Proof:
     if not folder.is_dir():
         raise error("PLM401", "the directory does not exist", str(folder))
     unknown = seal.check(folder)
-    _check_code(folder)
-    difference, tensors, generates, texts = _compared(folder)
-    difference = max(difference, _compared(folder, own=True)[0])
+    with readable(folder):
+        _check_code(folder)
+        difference, tensors, generates, texts = _compared(folder)
+        difference = max(difference, _compared(folder, own=True)[0])
     return Proof(len(seal.read(folder)["files"]), tensors, difference, generates, texts, unknown)
 
 
@@ -238,7 +231,7 @@ def _check_code(folder: Path) -> None:
     Raises:
         PlmccError: the code of one is another.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     modules = (config.get("quantization_config") or {}).get("modules", [])
     for record in map(Record.from_json, modules):
         if change := changed_code(record):

@@ -10,7 +10,7 @@ import typer
 from plmcc.cli.options import Overrides, Overwrite, RecipePath, Weights
 from plmcc.cli.recipes import CheckedRecipe, check_recipe
 from plmcc.diagnostics import PlmccError, error
-from plmcc.utils.files import free, output_place
+from plmcc.utils.outputs import free, output_place
 
 if TYPE_CHECKING:
     from plmcc.recipe.load import Recipe

@@ -11,7 +11,7 @@ import typer
 
 from plmcc.cli.recipes import check_model
 from plmcc.diagnostics import did_you_mean, error
-from plmcc.utils.files import free, output_place
+from plmcc.utils.outputs import free, output_place
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a hub id.")]
 _Directory = Annotated[

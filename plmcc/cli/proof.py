@@ -85,9 +85,21 @@ def push(
     typer.echo(f"uploaded: {made}")
 
 
-_Base = Annotated[
+_Root = Annotated[
     Path | None,
-    typer.Option("--base", metavar="DIR", help="Directory that relative data paths start from."),
+    typer.Option(
+        "--data-root",
+        metavar="DIR",
+        help="Directory that relative paths start from; by default the current one.",
+    ),
+]
+_Outside = Annotated[
+    bool,
+    typer.Option(
+        "--allow-outside",
+        help="Read also what the recipe names by absolute paths or outside of that directory, "
+        "and definitions of lm_eval tasks, which may run code.",
+    ),
 ]
 _Second = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="DIR", help="Keep the second result here.")
@@ -103,7 +115,8 @@ def reproduce(
         str | None,
         typer.Option("--model", help="The original model, if it is no longer where it was."),
     ] = None,
-    base: _Base = None,
+    data_root: _Root = None,
+    allow_outside: _Outside = False,
     folder: _Second = None,
     tolerance: _Tolerance = 0.1,
     output: Output = Format.text,
@@ -123,7 +136,8 @@ def reproduce(
         nullcontext() if text else redirect_stdout(sys.stderr),  # the Trainer prints
     ):
         target = folder or Path(location) / artifact.resolve().name
-        found = run_again(artifact, target, model, base, typer.echo if text else lambda _: None)
+        say = typer.echo if text else lambda _: None
+        found = run_again(artifact, target, model, data_root, allow_outside=allow_outside, log=say)
     same = found.within(tolerance)
     if text:
         _print(artifact, found, same)

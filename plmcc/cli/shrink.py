@@ -12,7 +12,8 @@ import typer
 from plmcc.cli.options import Format, Output, Overwrite, print_json
 from plmcc.cli.recipes import check_model
 from plmcc.diagnostics import Diagnostic, PlmccError, error
-from plmcc.utils.files import check_outside, free, matching_files, output_place
+from plmcc.utils.files import check_outside, matching_files
+from plmcc.utils.outputs import free, output_place
 
 if TYPE_CHECKING:
     from plmcc.experiments.advise import Advice

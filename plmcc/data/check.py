@@ -5,7 +5,6 @@ Nothing here imports torch: what is wrong is said in seconds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from plmcc.recipe.metrics import (
     is_of,
     library_of,
 )
-from plmcc.utils.files import matching_files
+from plmcc.utils.files import matching_files, read_json
 from plmcc.utils.text import first_line
 
 _HEADS = {
@@ -217,7 +216,7 @@ def head_of(asked: str, name: str | None) -> Head:
     if name is None or not file.is_file():
         return Head(task)
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_json(file)
         architecture = str((values.get("architectures") or [""])[0])
     except (OSError, ValueError, AttributeError, IndexError, TypeError) as problem:
         message = f"config.json cannot be read: {first_line(problem)}"

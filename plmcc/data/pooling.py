@@ -7,7 +7,6 @@ run by the library itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from plmcc.diagnostics import error
 from plmcc.utils.extras import library
+from plmcc.utils.files import read_json
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 
@@ -205,7 +205,7 @@ def _json(file: Path, kind: type) -> Any:
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (OSError, ValueError) as problem:
         raise error("PLM401", f"this file cannot be read: {problem}", str(file)) from None
     if not isinstance(values, kind):

@@ -93,6 +93,8 @@ def _squad(source: str | Sequence[str], base: Path | None) -> Dataset | None:
             content = json.loads(read_text(file))
         except json.JSONDecodeError:  # lines of JSON, perhaps
             return None
+        except RecursionError:
+            raise error("PLM301", "the JSON is nested too deep", str(file)) from None
         if not isinstance(content, dict) or "data" not in content:
             return None
         rows += _flat(content, file)

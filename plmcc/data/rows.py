@@ -25,6 +25,7 @@ import numpy as np
 from datasets import Dataset, disable_progress_bars, load_dataset
 
 from plmcc.data.separated import options_of
+from plmcc.data.sound import check_nested, check_packed
 from plmcc.diagnostics import did_you_mean, error, listing
 from plmcc.recipe.load import Synthetic
 from plmcc.utils.files import matching_files
@@ -249,6 +250,7 @@ def read_text(file: Path) -> str:
     Raises:
         PlmccError: it cannot be read.
     """
+    check_packed(file)
     try:
         content = file.read_bytes()
         return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
@@ -347,6 +349,9 @@ def _from_files(source: str | Sequence[str], base: Path | None) -> Dataset:
     for file in files:
         if file.stat().st_size == 0:
             raise error("PLM301", "the file is empty", str(file))
+        check_packed(file)
+        if _kind(file) in (".json", ".jsonl"):
+            check_nested(file)
     return _read(kinds.pop(), files)
 
 

@@ -76,15 +76,28 @@ def task_of(architecture: str, folder: Path | None = None) -> str:
     return "feature-extraction"
 
 
+def architecture_of(config: PreTrainedConfig) -> str:
+    """Return the class that a checkpoint was saved from; empty if its config names none."""
+    named = config.architectures
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
 def auto_class(task: str, config: PreTrainedConfig) -> Any:
     """Return the class to load with: the task's Auto class, or for plain features the checkpoint's
     own class."""
-    name = (config.architectures or [""])[0]
-    architecture = getattr(transformers, name, None)
+    name = architecture_of(config)
+    architecture = own_class(name)
     own = task in ("feature-extraction", "translation") or name.endswith("EncoderModel")
     if own and architecture is not None:
         return architecture
     return getattr(transformers, _AUTO[task])
+
+
+def own_class(name: str) -> type[PreTrainedModel] | None:
+    """Return the model class of transformers with a name, or None: a config may name anything."""
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if is_model else None
 
 
 def classes_of(model: PreTrainedModel) -> int:

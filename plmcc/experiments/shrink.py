@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,7 @@ from plmcc.experiments.candidates import Candidate, candidates, side_bytes
 from plmcc.experiments.goal import Goal, check_asked, parse_goal
 from plmcc.experiments.selection import FILE, Selection, trained
 from plmcc.experiments.served import Runtime, Served, runtime_of
+from plmcc.export.manifest import free_export
 from plmcc.models.source import Source, is_vectors, load_source
 from plmcc.pipeline.cache import folder_of
 from plmcc.pipeline.compiler import apply
@@ -36,7 +37,8 @@ from plmcc.recipe.load import Evaluate, Recipe
 from plmcc.recipe.metrics import RELATIVE, lower_is_better
 from plmcc.report.result import Result
 from plmcc.report.words import megabytes
-from plmcc.utils.files import check_outside, free, matching_files, output_place
+from plmcc.utils.files import check_outside, matching_files
+from plmcc.utils.outputs import claim, free, output_place
 from plmcc.utils.types import Values
 
 Say = Callable[[str], None]
@@ -203,16 +205,17 @@ def find(
     _check(asked)
     check_outside(output, Path(asked.model))
     work = output.resolve().with_name(f"{output.resolve().name}.shrink")
-    before = work.exists()
-    if before and not (work.is_dir() and {f.name for f in work.iterdir()} <= {*_OURS}):
-        message = "this is where held-out text and trials go, and there is something else"
-        raise error("PLM501", message, str(work), hint="move it away, or choose another output")
-    try:
-        return _found(asked, output, work, dry_run, overwrite, table)
-    except PlmccError:
-        if not before and work.exists() and not (work / FILE).exists():
-            shutil.rmtree(work)
-        raise
+    with nullcontext() if dry_run else claim(output):
+        before = work.exists()
+        if before and not (work.is_dir() and {f.name for f in work.iterdir()} <= {*_OURS}):
+            message = "this is where held-out text and trials go, and there is something else"
+            raise error("PLM501", message, str(work), hint="move it away, or choose another output")
+        try:
+            return _found(asked, output, work, dry_run, overwrite, table)
+        except PlmccError:
+            if not before and work.exists() and not (work / FILE).exists():
+                shutil.rmtree(work)
+            raise
 
 
 def _found(
@@ -230,7 +233,7 @@ def _found(
     served = runtime_of(asked.runtime, goal, source) == "onnx"
     if served:
         asked.log("results are measured as int8 ONNX files, in onnxruntime with one thread")
-        free(_onnx_place(output), overwrite)
+        free_export(_onnx_place(output), overwrite)
     asked.log("planning the candidates")
     found = candidates(source, text, asked.recipes, served=served)
     table(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ from plmcc.ir.probes import probe_inputs
 from plmcc.models.other_files import copy_other_files, require_plmcc
 from plmcc.models.source import folder_digests, load_source
 from plmcc.utils.extras import library
-from plmcc.utils.files import check_outside, replace_directory
+from plmcc.utils.files import check_outside
 from plmcc.utils.numerics import relative_difference
+from plmcc.utils.outputs import claim, replace_directory
 
 _EXACT = {torch.float32: 1e-4, torch.float64: 1e-8}
 _ROUGH = 0.2
@@ -91,7 +93,8 @@ def export_dense(name: str, target: Path, *, overwrite: bool = False) -> tuple[i
         message = f"the checkpoint would differ by {difference:.3g} of its scale from the artifact"
         raise error("PLM402", message, name)
     sizes = [sum(component_bytes(model).values()) for model in (source.model, made)]
-    with replace_directory(target, "config.json") as draft:
+    check = partial(free_export, target, overwrite)
+    with claim(target), replace_directory(target, "config.json", check) as draft:
         made.save_pretrained(draft)
         if source.folder is not None:
             copy_other_files(source.other_files(), source.folder, draft)
@@ -135,10 +138,10 @@ def export_model(
     check_export(model, to)
     _check_int8(int8, to)
     target = free_export(target, overwrite)
+    check = partial(free_export, target, overwrite)
     try:
-        with replace_directory(target, MANIFEST) as draft:
-            name = target.name
-            return _write(model.eval(), tokenizer, draft, to, num_beams, int8, name, base)
+        with claim(target), replace_directory(target, MANIFEST, check) as draft:
+            return _write(model.eval(), tokenizer, draft, to, num_beams, int8, target.name, base)
     except OSError as problem:
         message = f"the export cannot be written: {problem.strerror or problem}"
         raise error("PLM501", message, str(target)) from None

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from plmcc.export.targets import check_target
 from plmcc.kit import HardLinear
 from plmcc.models.other_files import copy_other_files, require_plmcc
 from plmcc.models.source import Source, load_source
-from plmcc.utils.files import check_outside, replace_directory
+from plmcc.utils.files import check_outside
 from plmcc.utils.numerics import relative_difference
+from plmcc.utils.outputs import claim, replace_directory
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 
@@ -105,7 +107,8 @@ def export_hub(
     source = load_source(name)
     check_outside(target, Path(name))
     check_encoder(source.model, "onnx")
-    with replace_directory(target, "config.json") as draft:
+    check = partial(free_export, target, overwrite)
+    with claim(target), replace_directory(target, "config.json", check) as draft:
         return write_hub(source, draft, precisions)
 
 

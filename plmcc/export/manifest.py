@@ -14,7 +14,8 @@ import torch
 
 from plmcc.artifact.lock import digest
 from plmcc.diagnostics import error
-from plmcc.utils.files import is_occupied, output_place
+from plmcc.utils.files import read_json
+from plmcc.utils.outputs import free
 from plmcc.utils.types import Values
 
 MANIFEST = "manifest.json"
@@ -86,7 +87,7 @@ class Manifest:
         """
         location = str(folder / MANIFEST)
         try:
-            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            values = read_json(folder / MANIFEST)
         except FileNotFoundError:
             hint = "make one with `plmcc export`"
             raise error("PLM401", "this is not an export directory", location, hint=hint) from None
@@ -181,7 +182,8 @@ def _note(folder: Path) -> Path:
 
 def mark_export(folder: Path, layout: str) -> None:
     """Say of a directory that others read that it is an export, so that it may be replaced."""
-    values = {_MARK: FORMAT, "layout": layout}
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    values = {_MARK: FORMAT, "layout": layout, "files": names}
     (folder / LAYOUT).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
@@ -189,25 +191,21 @@ def free_export(target: Path, overwrite: bool) -> Path:
     """Return the directory of an export if it may be written.
 
     Raises:
-        PlmccError: it is a file, or there is something that is no earlier export.
+        PlmccError: as `free`; what may be replaced is an earlier export.
     """
-    target = output_place(target)
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        hint = "choose another directory"
-        raise error("PLM501", "the output directory is a file", str(target), hint=hint)
-    if is_occupied(target):
-        ours = is_export(target) or _is_marked(target / LAYOUT)
-        if not (overwrite and ours):
-            message = "the output directory exists" + ("" if ours else " and contains no export")
-            hint = ("add --overwrite, or " if ours else "") + "choose another directory"
-            raise error("PLM501", message, str(target), hint=hint)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
+    return free(target, overwrite, export_index)
+
+
+def export_index(folder: Path) -> str | None:
+    """Return the name of the file that names those of an export, where a directory is one."""
+    if _is_marked(folder / LAYOUT):
+        return LAYOUT
+    return MANIFEST if is_export(folder) else None
 
 
 def _is_marked(file: Path) -> bool:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and _MARK in values

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import regex
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,6 +27,9 @@ _WHOLE_KINDS = {
 }
 ALIASES = (*_WHOLE_KINDS, "input_embeddings", "output_embeddings", "encoder", "decoder")
 """Targets that are not patterns: whole kinds, the token tables, and the two stacks."""
+
+_SECONDS = 1
+"""For one path. Paths are short, and most expressions take microseconds."""
 
 _Candidate = Site | Miss
 _Rule = Callable[[_Candidate], bool]
@@ -92,7 +95,7 @@ def rule_of(scope: Scope, target: str) -> _Rule:
     """
     if target.startswith("re:"):
         pattern = _compiled(scope, target)
-        return lambda c: any(pattern.fullmatch(path) for path in _paths(c))
+        return lambda c: any(_fits(scope, pattern, path) for path in _paths(c))
     if target.startswith("class:"):
         name = target.removeprefix("class:").strip()
         return lambda c: name in scope.classes(c)
@@ -129,13 +132,23 @@ def _end_rule(scope: Scope, target: str) -> _Rule:
     return lambda c: any(model.get_submodule(path) is end for path in _paths(c))
 
 
-def _compiled(scope: Scope, target: str) -> re.Pattern[str]:
+def _compiled(scope: Scope, target: str) -> regex.Pattern[str]:
     try:
-        return re.compile(target.removeprefix("re:"))
-    except re.error as reason:
+        return regex.compile(target.removeprefix("re:"))
+    except (regex.error, RecursionError, OverflowError) as reason:
         raise error(
             "PLM107", f"not a regular expression: {reason}", scope.location, got=target
         ) from None
+
+
+def _fits(scope: Scope, pattern: regex.Pattern[str], path: str) -> bool:
+    try:
+        return pattern.fullmatch(path, timeout=_SECONDS) is not None
+    except TimeoutError:
+        message = f"the regular expression takes more than {_SECONDS} s on `{path}`"
+        hint = "parts such as `(a+)+` can match a text in too many ways"
+        given = f"re:{pattern.pattern}"
+        raise error("PLM107", message, scope.location, got=given, hint=hint) from None
 
 
 def _nothing(scope: Scope, target: str, misses: list[Miss]) -> Exception:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plmcc.data.pooling import MODULES
 from plmcc.diagnostics import error
+from plmcc.utils.files import read_json
 from plmcc.utils.text import first_line
 
 WEIGHTS = (
@@ -157,7 +158,7 @@ def _module_folders(folder: Path) -> set[str]:
     if not file.is_file():
         return set()
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
+        listed = read_json(file)
         return {str(values["path"]) for values in listed if values["path"]}
     except (OSError, ValueError, TypeError, KeyError) as problem:
         raise error(
@@ -207,7 +208,7 @@ def require_plmcc(folder: Path, needed: bool) -> None:
     file = folder / "config_sentence_transformers.json"
     if not (folder / MODULES).is_file():
         return
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values = read_json(file) if file.is_file() else {}
     others = {n: v for n, v in (values.pop("requirements", None) or {}).items() if n != "plmcc"}
     own = {"plmcc": f">={_version()}"} if needed else {}
     if not (others or own) and not file.is_file():
@@ -234,7 +235,7 @@ def _names_code(file: Path) -> bool:
 
 
 def _without_code(file: Path) -> str:
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     values.pop("auto_map", None)
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 

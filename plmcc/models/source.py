@@ -4,7 +4,6 @@ pooling."""
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,6 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -22,10 +20,11 @@ from transformers import (
 )
 
 from plmcc.artifact import format as artifact
+from plmcc.artifact.limits import check_config, check_size
 from plmcc.artifact.lock import digest
 from plmcc.data.classification import head_task
 from plmcc.data.pooling import MODULES, Pooling
-from plmcc.data.tasks import EMBEDDING, LABELED, auto_class, task_of
+from plmcc.data.tasks import EMBEDDING, LABELED, architecture_of, auto_class, task_of
 from plmcc.diagnostics import PlmccError, error, listing
 from plmcc.ir.probes import positions_of
 from plmcc.models.other_files import (
@@ -36,7 +35,7 @@ from plmcc.models.other_files import (
     other_files,
 )
 from plmcc.models.static import as_encoder, is_static
-from plmcc.utils.files import check_not_local
+from plmcc.utils.files import check_not_local, read_json
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 from plmcc.vectors.files import kind_of
@@ -162,6 +161,8 @@ def load_source(
     if meta:
         model = outline(config, kind, options, str(name))
     else:
+        if folder is not None:
+            check_size(folder, config, kind)
         model, notes = _model(name, kind, options)
         placed: torch.nn.Module = model
         placed.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -198,7 +199,7 @@ def _first_original(folder: Path | None) -> tuple[str, int] | None:
     if folder is None or not (folder / "plmcc.lock.json").is_file():
         return None
     try:
-        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "report.json")
         return str(values["original"]["name"]), int(values["original"]["bytes"])
     except (OSError, ValueError, LookupError, TypeError):
         return None  # of another version, or without its report
@@ -284,10 +285,9 @@ def _model(name: str | Path, kind: Any, options: Values) -> tuple[PreTrainedMode
         )
     except PlmccError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        raise error(
-            "PLM401", f"the model cannot be loaded: {first_line(problem)}", str(name)
-        ) from None
+    except Exception as problem:  # whatever transformers does with a config that makes no sense
+        message = f"the model cannot be loaded: {first_line(problem)}"
+        raise error("PLM401", message, str(name)) from None
     kind_name = type(model).__name__
     for key, stored, wanted in sorted(info["mismatched_keys"]):
         message = f"the weights do not have the shape that config.json says: {key}"
@@ -340,9 +340,12 @@ def outline(config: PreTrainedConfig, kind: Any, options: Values, name: str) -> 
 
 
 def _config(name: str | Path) -> PreTrainedConfig:
+    check_config(name)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, HFValidationError, KeyError) as problem:
+    except PlmccError:
+        raise
+    except Exception as problem:
         hint = "pass a directory with config.json and weights, or a hub id"
         if "trust_remote_code" in str(problem):
             message = "this model needs code of its own, which plmcc does not run"
@@ -382,7 +385,7 @@ def _snapshot(name: str) -> Path | None:
 
 
 def _architecture(config: PreTrainedConfig) -> str:
-    return (config.architectures or [""])[0]
+    return architecture_of(config)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:

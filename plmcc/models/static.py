@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from plmcc.data.pooling import MODULES
 from plmcc.diagnostics import error
 from plmcc.models.other_files import leaves
+from plmcc.utils.files import read_json
 from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 
@@ -50,7 +51,7 @@ def _is_model2vec(folder: Path) -> bool:
 
 def _json(file: Path) -> object:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_json(file) if file.is_file() else None
     except (OSError, ValueError):
         return None
 
@@ -139,7 +140,7 @@ def _write_modules(folder: Path, listed: list[Values], made: Path) -> None:
     """Mean pooling takes the place of the static module; what follows it stays."""
     pooling = made / _POOLING
     pooling.mkdir()
-    width = json.loads((made / "config.json").read_text())["hidden_size"]
+    width = read_json(made / "config.json")["hidden_size"]
     settings = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
     (pooling / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     modules = [("", f"{_LIBRARY}.Transformer"), (_POOLING, f"{_LIBRARY}.Pooling")]

@@ -33,7 +33,8 @@ from plmcc.report.charts import SiteChart
 from plmcc.report.provenance import code_digest, model_digest, rows_digest
 from plmcc.training import checkpoints
 from plmcc.training.loop import TrainingData
-from plmcc.utils.files import STAGES, remove_drafts, replace_directory, workplace, write_json
+from plmcc.utils.files import write_json
+from plmcc.utils.outputs import STAGES, remove_drafts, replace_directory, workplace
 from plmcc.utils.types import Values
 
 if TYPE_CHECKING:
@@ -123,8 +124,7 @@ def prepare(output: Path, resume: bool, overwrite: bool) -> None:
         PlmccError: an earlier run has left its work, and nothing says what to do with its work.
     """
     folder = folder_of(output)
-    remove_drafts(workplace(output), output.name)
-    remove_drafts(folder, "*")
+    remove_drafts(folder)
     if resume or not folder.exists():
         return
     if not overwrite and _worth_keeping(folder):

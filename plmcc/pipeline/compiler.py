@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from plmcc.pipeline.verifier import Dump
 from plmcc.recipe.load import Calibrate, Recipe, Scratch, Train
 from plmcc.report.result import Log, Result
 from plmcc.utils import distributed
-from plmcc.utils.files import check_outside, free
+from plmcc.utils.files import check_outside
+from plmcc.utils.outputs import claim, free
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,23 @@ def apply(
     source = replace(source_of(recipe, name, base), keep_code=keep_code)
     if target is None:
         return run(recipe, source, log, base, dump=dump)
+    with claim(target) if distributed.is_main_process() else nullcontext():
+        return _applied(recipe, source, target, overwrite, resume, base, dump, log)
+
+
+def _applied(
+    recipe: Recipe,
+    source: Source,
+    target: Path,
+    overwrite: bool,
+    resume: bool,
+    base: Path | None,
+    dump: Dump | None,
+    log: Log,
+) -> Result:
     folder = cache.folder_of(target)
     if distributed.is_main_process():
+        free(target, overwrite)  # again: another process may have written it before the claim
         cache.prepare(target, resume, overwrite)
     distributed.barrier()
     try:
@@ -104,7 +121,7 @@ def apply(
         raise
     if distributed.is_main_process():
         log("writing and verifying")
-        write(recipe, result, target)
+        write(recipe, result, target, overwrite)
         cache.finish(folder, recipe)
     distributed.barrier()
     return result

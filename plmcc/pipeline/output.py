@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from plmcc.models.other_files import copy_other_files, require_plmcc
 from plmcc.models.source import Source, load_source
 from plmcc.recipe.load import Recipe
 from plmcc.report.documents import write_documents
-from plmcc.utils.files import replace_directory
+from plmcc.utils.outputs import free, replace_directory
 
 if TYPE_CHECKING:
     from plmcc.report.result import Result
@@ -31,10 +32,16 @@ _LONG = 1 << 20
 _BEAMS = 4  # the most that an export can be asked for, where no figure says how many
 
 
-def write(recipe: Recipe, result: Result, target: Path) -> None:
+def write(recipe: Recipe, result: Result, target: Path, overwrite: bool = False) -> None:
     """Write beside the target, prove it in a fresh process, then rename: what has the name is
-    finished."""
-    with writing("the artifact", target), replace_directory(target) as draft:
+    finished.
+
+    Raises:
+        PlmccError: it cannot be written, computes something else, or somebody has written to the
+            target meanwhile.
+    """
+    check = partial(free, target, overwrite)
+    with writing("the artifact", target), replace_directory(target, check=check) as draft:
         save(result, draft)
         check_file(draft, result.bytes_after)
         result.reload_difference = reloaded_difference(draft, result.records)

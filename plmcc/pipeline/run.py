@@ -30,7 +30,7 @@ from plmcc.pipeline.verifier import Dump
 from plmcc.recipe.load import Recipe
 from plmcc.recipe.metrics import RELATIVE
 from plmcc.recipe.needs import check_calibrated
-from plmcc.report.provenance import model_digest
+from plmcc.report.provenance import FilesRead, model_digest
 from plmcc.report.result import Log, Result
 from plmcc.utils import distributed
 
@@ -65,6 +65,7 @@ def run(
         PlmccError: the recipe does not fit the model or the data, or training fails.
     """
     set_seed(recipe.seed)
+    read = FilesRead.of(recipe, base) if cache_dir is not None else FilesRead()
     sizes = Inventory.of(source.model.eval())
     source = widen(recipe, source)
     for check in CHECKS:
@@ -92,7 +93,7 @@ def run(
     data = data.with_teachers(original)
     if compares and not early:
         baseline = _evaluated(judge, source, source, log, "the original")
-    result = Result(source.model, source, sites=prepared.sites, seconds=prepared.seconds, base=base)
+    result = Result(source.model, source, sites=prepared.sites, seconds=prepared.seconds, read=read)
     cache = StageCache(cache_dir, stage_keys(recipe, data)) if cache_dir is not None else None
     _run_stages(
         recipe, matched, expected, data, result, cache, has_cache, schedule_steps, log, dump
@@ -104,6 +105,7 @@ def run(
         result.model.float()  # processors compute slowly in 16 bits; the values stay
     _judge(judge, result, baseline, original, reference, dry, log)
     narrow(source)
+    read.check()
     return result
 
 

@@ -53,6 +53,8 @@ def read_text(path: Path) -> str:
     """
     location = str(path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise error("PLM003", "cannot read the file: it is not a regular file", location)
         with path.open("rb") as stream:
             raw = stream.read(_MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):

@@ -32,6 +32,7 @@ from plmcc.recipe.sections import (
     Train,
     TrainTokenizer,
 )
+from plmcc.utils.files import read_json
 from plmcc.utils.types import Values
 
 __all__ = [
@@ -209,7 +210,7 @@ def _of_package(problem: Diagnostic, name: str, file: str) -> Diagnostic:
     if problem.code != "PLM110" or not lock.is_file():
         return problem
     try:
-        made = Origin.from_json(json.loads(lock.read_text(encoding="utf-8"))["passes"][name])
+        made = Origin.from_json(read_json(lock)["passes"][name])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return problem
     if not made.distribution:

@@ -68,7 +68,7 @@ def write_documents(recipe: Recipe, source: Source, result: Result, folder: Path
     (folder / "report.html").write_text(page(values, result.charts), encoding="utf-8")
     card = model_card(recipe, source, result, Summary.of(values))
     (folder / "README.md").write_text(card, encoding="utf-8")
-    seal.write(folder, lock(recipe, source, result))
+    seal.write(folder, lock(recipe, source, result.read, result.digests, result.metrics))
 
 
 def print_summary(result: Result, console: Console) -> None:

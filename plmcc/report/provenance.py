@@ -6,8 +6,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -20,15 +21,20 @@ from plmcc.artifact.tensors import unique_tensors
 from plmcc.catalog import registry as catalog
 from plmcc.catalog.origin import origin_of
 from plmcc.data.rows import SYNTHETIC, data_files
-from plmcc.diagnostics import PlmccError
+from plmcc.diagnostics import PlmccError, error
 from plmcc.models.source import Source, folder_digests, is_vectors
 from plmcc.recipe.load import Recipe, Scratch, TrainTokenizer
+from plmcc.utils.files import path_from
+from plmcc.utils.types import Values
 
-if TYPE_CHECKING:
-    from plmcc.report.result import Result
 
-
-def lock(recipe: Recipe, source: Source, result: Result) -> dict[str, object]:
+def lock(
+    recipe: Recipe,
+    source: Source,
+    read: FilesRead,
+    stages: list[Values],
+    metrics: list[Values],
+) -> dict[str, object]:
     """Return all of it, with the digests of what each stage was given and has made."""
     passes = {catalog.name_of(type(p)) for stage in recipe.steps() for p in stage.passes}
     base = {"name": source.name, "new": source.scratch, "files": base_digests(source)}
@@ -36,11 +42,12 @@ def lock(recipe: Recipe, source: Source, result: Result) -> dict[str, object]:
         "recipe": recipe.digest(),
         "seed": recipe.seed,
         "base_model": base,
-        "data": data_digests(recipe, result.base),
+        "data": read.data,
+        "models": read.models,
         "code": code_digest(recipe),
         "passes": {name: _made_by(name) for name in sorted(passes)},
-        "stages": result.digests,
-        "metrics": result.metrics,
+        "stages": stages,
+        "metrics": metrics,
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -53,12 +60,65 @@ def base_digests(source: Source) -> dict[str, str]:
 
 
 def data_digests(recipe: Recipe, base: Path | None = None) -> dict[str, dict[str, str]]:
-    """Return the digests of the files that each name in a recipe stands for; none where there are
-    no such files, and for data sets of the hub."""
+    """Return the digests of the files that each name in a recipe stands for, by path (relative ones
+    as from `base`); none where there are no such files, and for data sets of the hub."""
     return {
-        name: {file.name: seal.digest(file) for file in _existing(name, base)}
+        name: {path_from(base, file, name): seal.digest(file) for file in _existing(name, base)}
         for name in named_data(recipe)
     }
+
+
+def model_digests(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Return the digests of the files of each local directory that a recipe names as a model beside
+    the original: a teacher, a tokenizer."""
+    return {
+        name: {file.name: seal.digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+        for name in named_models(recipe)
+        if (folder := Path(name).expanduser()).is_dir()
+    }
+
+
+@dataclass(frozen=True)
+class FilesRead:
+    """The files that a recipe names, as they were when its run began."""
+
+    data: dict[str, dict[str, str]] = field(default_factory=dict)
+    models: dict[str, dict[str, str]] = field(default_factory=dict)
+    _states: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe, base: Path | None) -> FilesRead:
+        """Take the digests; called before anything is read."""
+        files = [file for name in named_data(recipe) for file in _existing(name, base)]
+        states = {file: _state(file) for file in files}
+        return cls(data_digests(recipe, base), model_digests(recipe), states)
+
+    def check(self) -> None:
+        """Refuse a result of data that has changed while it was made.
+
+        Raises:
+            PlmccError: a file is not what it was.
+        """
+        known = {digest for files in self.data.values() for digest in files.values()}
+        for file, state in self._states.items():
+            if not file.is_file() or (_state(file) != state and seal.digest(file) not in known):
+                message = "the data has changed while the recipe ran"
+                raise error("PLM402", message, str(file), hint="apply the recipe again")
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def named_models(recipe: Recipe) -> list[str]:
+    """Return what a recipe names as a model beside the original: teachers, and the tokenizer of a
+    new model."""
+    trained = [stage.train for stage in recipe.steps() if stage.train]
+    named = [one.distill.teacher for one in trained if one.distill]
+    if isinstance(recipe.model, Scratch) and isinstance(recipe.model.tokenizer, str):
+        named.append(recipe.model.tokenizer)
+    return [name for name in dict.fromkeys(named) if name != "original"]
 
 
 def named_data(recipe: Recipe) -> list[str]:

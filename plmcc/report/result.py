@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from plmcc.evaluation.latency import Latency
 from plmcc.models.source import Source
 from plmcc.report.charts import SiteChart
+from plmcc.report.provenance import FilesRead
 from plmcc.rewrite import Record
 from plmcc.utils.types import Values
 
@@ -42,5 +43,5 @@ class Result:
     reload_difference: float = 0.0
     """Largest difference of the probe outputs after reloading, relative to their scale."""
     folder: Path | None = None
-    base: Path | None = None
-    """Where relative paths of data start besides the current folder."""
+    read: FilesRead = field(default_factory=FilesRead)
+    """The files that were read, where the result is written."""

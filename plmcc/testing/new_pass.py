@@ -10,7 +10,7 @@ from string import Template
 
 from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import error
-from plmcc.utils.files import replace_directory
+from plmcc.utils.outputs import replace_directory
 
 _IMPORTED = ("Pass", "Program", "Site", "Soft", "Miss", "Field", "Tensor", "Iterator", "Trainable")
 """Names that the file of the pass has already."""

@@ -70,7 +70,13 @@ def train(
         _run(trainer, checkpoints.latest(location))
         average.finish(model)
     model.eval()
-    return list(trainer.state.log_history)
+    return _logged(trainer)
+
+
+def _logged(trainer: DistillingTrainer) -> list[dict[str, float]]:
+    """Return what was logged, without the summary at the end: it is of this process only, where an
+    interrupted training was resumed."""
+    return [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
 
 
 @contextmanager

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from plmcc.diagnostics import did_you_mean, error, nearest
-
-UNFINISHED = ".unfinished-"
-STAGES = ".plmcc-stages"
-"""In an output directory that is written in place: the stages of the run."""
+from plmcc.utils.outputs import UNFINISHED
 
 
 def write_json(file: Path, values: object) -> None:
     """Write plain values as readable JSON."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """Return the value of a JSON file.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: it is no JSON, or nested too deep.
+    """
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def check_outside(target: Path, model: Path) -> None:
@@ -43,10 +56,8 @@ def matching_files(name: str, base: Path | None = None) -> list[Path]:
     """
     roots = [Path()] if base is None or Path(name).is_absolute() else [Path(), base]
     for root in roots:
-        # A file may have brackets in its name.
-        exact = [str(root / name)] if (root / name).exists() else []
-        found = sorted(Path(path) for path in exact or glob.glob(str(root / name)))
-        if found:
+        if found := _matching(root / name):
+            check_regular(found)
             folders = [path for path in found if path.is_dir()]
             if folders:
                 raise error(
@@ -65,63 +76,29 @@ def matching_files(name: str, base: Path | None = None) -> list[Path]:
     raise error("PLM301", "the file does not exist", name, hint=hint)
 
 
-def output_place(path: Path) -> Path:
-    """Return where an output goes: links to directories are followed, and `.` gets its name."""
-    linked = path.is_symlink() and path.is_dir()
-    return path.resolve() if linked or path.name in ("", "..") else path
-
-
-def is_fixed(target: Path) -> bool:
-    """Say whether a directory cannot be replaced by another, so that it is written in place: a
-    mount point, the current directory, or one whose parent is read-only."""
-    if not target.is_dir():
-        return False
-    here = target.resolve() == Path.cwd()
-    return here or os.path.ismount(target) or not os.access(target.parent, os.W_OK)
-
-
-def is_occupied(target: Path) -> bool:
-    """Say whether a directory has entries that are not of an unfinished run."""
-    ours = (f".{target.name}{UNFINISHED}", STAGES)
-    return target.is_dir() and any(not p.name.startswith(ours) for p in target.iterdir())
-
-
-def workplace(target: Path) -> Path:
-    """Return the directory for what precedes an output, on the same file system."""
-    return target if is_fixed(target) else target.parent
-
-
-def free(target: Path, overwrite: bool) -> Path:
-    """Return the output directory if it may be written.
+def check_regular(files: list[Path]) -> None:
+    """Refuse pipes and devices, which would be read several times, or without end.
 
     Raises:
-        PlmccError: it holds something that must not be replaced, or cannot be written.
+        PlmccError: there is one.
     """
-    target = output_place(target)
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise error(
-            "PLM501", "the output directory is a file", str(target), hint="choose another directory"
-        )
-    if is_occupied(target):
-        if not overwrite:
-            hint = "add --overwrite, or choose another directory"
-            raise error("PLM501", "the output directory exists", str(target), hint=hint)
-        if not (target / "plmcc.lock.json").exists():
-            message = "the output directory exists and was not written by plmcc"
-            raise error(
-                "PLM501",
-                message,
-                str(target),
-                hint="remove it yourself, or choose another directory",
-            )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=".plmcc-", dir=workplace(target))).rmdir()
-    except OSError as problem:
-        raise error(
-            "PLM501", f"the output directory cannot be written: {problem.strerror}", str(target)
-        ) from None
-    return target
+    for file in files:
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            hint = "write what it gives into a file first"
+            raise error("PLM301", "this is not a regular file", str(file), hint=hint)
+
+
+def _matching(path: Path) -> list[Path]:
+    if path.exists():  # a file may have brackets in its name
+        return [path]
+    return sorted(Path(one) for one in glob.glob(str(path)))
+
+
+def path_from(base: Path | None, file: Path, name: str) -> str:
+    """Return the path of one of `matching_files(name, base)`, relative to where `name` starts; an
+    absolute one stays so."""
+    relative = base is not None and not Path(name).is_absolute() and not _matching(Path(name))
+    return (file.relative_to(base) if base is not None and relative else file).as_posix()
 
 
 def check_not_local(name: str) -> None:
@@ -144,68 +121,6 @@ def check_not_local(name: str) -> None:
 
 
 @contextmanager
-def replace_directory(target: Path, last: str = "plmcc.lock.json") -> Iterator[Path]:
-    """Yield an empty directory beside `target` that takes its name when the block ends well.
-
-    A directory that is there is moved aside first and removed last: one of the two always exists.
-    One that cannot be moved (`is_fixed`) gets the new entries one by one.
-
-    Args:
-        target: the directory.
-        last: the entry without which a directory is not complete: it goes first and comes last.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
-    place = workplace(target)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}{UNFINISHED}", dir=place))
-    try:
-        draft.chmod(0o755)
-        yield draft
-        if place == target:
-            _refill(target, draft, last)
-        else:
-            _swap(target, draft)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _swap(target: Path, draft: Path) -> None:
-    aside = draft.with_name(f"{draft.name}-replaced")
-    if target.exists():
-        target.rename(aside)
-    try:
-        draft.rename(target)
-    except OSError:
-        if aside.exists():
-            aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _refill(target: Path, draft: Path, last: str) -> None:
-    """Replace the files that an earlier result says it has; others may be the user's."""
-    names = _listed(target / last)
-    (target / last).unlink(missing_ok=True)
-    for name in names:
-        (target / name).unlink(missing_ok=True)
-    for new in sorted(draft.iterdir(), key=lambda one: one.name == last):
-        old = target / new.name
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)  # of the earlier result: a new one has a directory of that name too
-        new.rename(old)
-
-
-def _listed(file: Path) -> list[str]:
-    """The files inside its directory that a lock, or the manifest of an export, names."""
-    try:
-        names = [str(name) for name in json.loads(file.read_text(encoding="utf-8"))["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
-
-
-@contextmanager
 def replace_file(target: Path) -> Iterator[Path]:
     """Yield a file beside `target` that takes its name when the block ends well.
 
@@ -221,9 +136,3 @@ def replace_file(target: Path) -> Iterator[Path]:
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def remove_drafts(folder: Path, name: str) -> None:
-    """Remove what killed runs left beside `folder/name`."""
-    for left in folder.glob(f".{name}{UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True)

@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from plmcc.data.sound import check_packed
 from plmcc.diagnostics import PlmccError, error
 
 Broken = Literal["refuse", "skip"]
@@ -175,7 +176,12 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def open_file(file: Path) -> IO[bytes]:
-    """Open a file for reading, `.gz` unpacked."""
+    """Open a file for reading, `.gz` unpacked.
+
+    Raises:
+        PlmccError: it unpacks to far more than text does.
+    """
+    check_packed(file)
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 

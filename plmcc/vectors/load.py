@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from plmcc.diagnostics import error
+from plmcc.utils.files import check_regular
 from plmcc.vectors.codes import Codes, holds_codes, read_codes
 from plmcc.vectors.files import Broken, kind_of, read
 from plmcc.vectors.keyed import By, Vectors
@@ -62,6 +63,7 @@ def load(
             what `by` asks for.
     """
     file = Path(file)
+    check_regular([file])
     if words is not None and kind_of(file) != ".npy":
         message, hint = "a file of words goes with a .npy file", "leave `words` out"
         raise error("PLM502", message, str(file), got=str(words), hint=hint)

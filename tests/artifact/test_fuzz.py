@@ -26,6 +26,8 @@ from plmcc.recipe.load import parse_recipe
 from support.tiny_models import tiny
 from support.tokenizers import words
 
+pytestmark = pytest.mark.attack
+
 MUTATIONS = int(os.environ.get("PLMCC_FUZZ", "600"))
 RECIPE = """\
 plmcc: 1

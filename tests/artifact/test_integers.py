@@ -22,6 +22,8 @@ from plmcc.recipe.load import parse_recipe
 from support.tiny_models import tiny
 from support.tokenizers import words
 
+pytestmark = pytest.mark.attack
+
 MUTATIONS = int(os.environ.get("PLMCC_FUZZ", "25"))
 PRUNED = "movement_pruning: {{method: magnitude, density: 0.5, storage: {}}}"
 KINDS = {

@@ -80,7 +80,7 @@ def test_only_an_export_is_overwritten(tmp_path: Path) -> None:
         ("dense", [], ""),
         ("dense", [], "the output directory exists"),
         ("dense", ["--overwrite"], ""),
-        ("bert", ["--overwrite"], "contains no export"),
+        ("bert", ["--overwrite"], "was not written by this command"),
         ("small/inside", [], "inside"),
     ):
         done = CliRunner().invoke(app, [*given, str(tmp_path / place), *flag])

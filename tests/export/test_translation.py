@@ -269,7 +269,7 @@ def test_a_damaged_export(exported: Path, tmp_path: Path) -> None:
 def test_an_export_is_replaced_only_when_asked(folder: Path, exported: Path) -> None:
     with pytest.raises(PlmccError, match="the output directory exists\n  hint: add --overwrite"):
         export_directory(str(folder), exported)
-    with pytest.raises(PlmccError, match="exists and contains no export"):
+    with pytest.raises(PlmccError, match="was not written by this command"):
         export_directory(str(folder), folder.parent)
     with pytest.raises(PlmccError, match="inside the directory of the model"):
         export_directory(str(folder), folder / "inside")

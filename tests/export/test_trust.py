@@ -18,6 +18,8 @@ from plmcc.diagnostics import PlmccError
 from plmcc.export import manifest as exports
 from plmcc.export.manifest import MANIFEST, Manifest, is_export
 
+pytestmark = pytest.mark.attack
+
 
 def foreign(folder: Path, **changes: Any) -> Path:
     """An export that somebody else has made: consistent in itself, its program a trap."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from plmcc.diagnostics import PlmccError
 from plmcc.ir.branches import Branch, feed_forward_of, residual_branches
 from plmcc.ir.layers import Layer
 from plmcc.ir.program import Program
+from plmcc.passes.low_rank import LowRank
 from support.tiny_models import ENCODERS, NAMES, SEQ2SEQ, VOCAB, tiny
 
 GATED = ("llama", "qwen3", "t5_gated")
@@ -311,6 +313,28 @@ def test_overlapping_targets_give_each_site_once_in_the_order_of_the_model() -> 
 def test_targets_that_match_nothing(target: str | list[str], kind: str, words: str) -> None:
     with pytest.raises(PlmccError, match=words):
         Program(tiny("bert")).resolve(target, kind)
+
+
+SLOW = [r"(.*)" * 8 + r"\1\2\3\4\5\6\7\8z?(?<=q)", r"(.*?)" * 7 + r"(?<=\1q)"]
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("pattern", [r"(\w+\.?)+!", r"(\w+\.?)+[^\w.]", *SLOW])
+def test_an_expression_that_would_take_for_ever_is_stopped(pattern: str) -> None:
+    start = time.process_time()
+    said = "takes more than 1 s" if pattern in SLOW else "matches nothing"
+    with pytest.raises(PlmccError, match=said):
+        Program(tiny("bert")).resolve(f"re:{pattern}", "linear")
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("pattern", ["(" * 500, "(" * 500 + ")" * 500, "[" * 500, "a{99999999999}"])
+def test_an_expression_of_brackets_is_a_sentence(pattern: str) -> None:
+    with pytest.raises(PlmccError, match="not a regular expression"):
+        Program(tiny("bert")).resolve(f"re:{pattern}", "linear")
+    with pytest.raises(ValueError, match="not a regular expression"):
+        LowRank(targets=f"re:{pattern}", rank=4)
 
 
 def test_another_number_of_sites_than_expected_lists_them() -> None:
