@@ -235,7 +235,8 @@ def judged(model: PreTrainedModel, entry: str) -> tuple[str, str]:
         passes = [*recipe.passes]
         done = plmcc.Pipeline(passes, calibrate=recipe.calibrate)(source)
     except plmcc.PlmccError as problem:
-        return "late", problem.diagnostics[0].message
+        message = problem.diagnostics[0].message
+        return ("slow" if TooLongError.__name__ in message else "late"), message
     return reloaded(done)
 
 

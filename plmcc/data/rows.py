@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 
 from plmcc.data.separated import options_of
 from plmcc.data.sound import check_nested, check_packed
@@ -340,8 +340,24 @@ def _from_hub(source: str) -> Dataset:
         ) from None
 
 
-def _from_files(source: str | Sequence[str], base: Path | None) -> Dataset:
+def rows_by_file(source: str | Sequence[str], base: Path | None = None) -> dict[str, int]:
+    """Return how many rows each file has that a source names; what was read is not parsed again.
+
+    Raises:
+        PlmccError: as `load_rows` says.
+    """
     files = data_files(source, base)
+    if not files:
+        return {}
+    parts = zip(files, _parts(files), strict=True)
+    return {str(file): len(part) for file, part in parts}
+
+
+def _from_files(source: str | Sequence[str], base: Path | None) -> Dataset:
+    return concatenate_datasets(_parts(data_files(source, base)))
+
+
+def _parts(files: list[Path]) -> list[Dataset]:
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         given = ", ".join(sorted(kinds))
@@ -382,7 +398,8 @@ def _plain_names(paths: list[str]) -> Iterator[list[str]]:
         yield found
 
 
-def _read(suffix: str, files: list[Path]) -> Dataset:
+def _read(suffix: str, files: list[Path]) -> list[Dataset]:
+    """Return the rows of each file."""
     options: Values = {}
     if suffix in (".tsv", ".csv"):
         found = [options_of(file, "\t" if suffix == ".tsv" else ",") for file in files]
@@ -400,7 +417,10 @@ def _read(suffix: str, files: list[Path]) -> Dataset:
     try:
         with _plain_names(paths) as plain:
             names = [glob.escape(path) for path in plain]  # the library takes them for patterns
-            return load_dataset(_BUILDERS[suffix], data_files=names, split="train", **options)
+            # A split for each file: how many rows it has is told.
+            splits = {f"file{number}": [name] for number, name in enumerate(names)}
+            found = load_dataset(_BUILDERS[suffix], data_files=splits, **options)
+            return [found[name] for name in splits if name in found]
     except Exception as problem:  # as above
         reason = problem.__cause__ or problem
         for file in files if suffix in (".json", ".jsonl") else ():

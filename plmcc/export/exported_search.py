@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from plmcc.diagnostics import error
-from plmcc.export.manifest import Manifest
+from plmcc.export.manifest import MANIFEST, Manifest
 from plmcc.export.runners import open_aoti
 from plmcc.inference.beam_search import GenerationSettings
+from plmcc.utils.text import first_line
 from plmcc.utils.types import Values
 
 
@@ -23,7 +24,13 @@ class ExportedSearch:
         assert manifest.translation is not None
         self._values: Values = manifest.translation
         known = self._values["search"]
-        self.search = GenerationSettings(**known | {n: tuple(known[n]) for n in ("eos", "banned")})
+        try:
+            tuples = {name: tuple(known[name]) for name in ("eos", "banned")}
+            self.search = GenerationSettings(**known | tuples)
+        except (KeyError, TypeError, ValueError) as problem:
+            message = f"the settings of the search make no sense: {first_line(problem)}"
+            hint = "export the model again"
+            raise error("PLM401", message, str(folder / MANIFEST), hint=hint) from None
         self._encode = open_aoti(folder / "encode.pt2", manifest.device)
         self._steps = {
             size: open_aoti(folder / f"step-{size}.pt2", manifest.device, replayed=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from plmcc.artifact.lock import digest
 from plmcc.diagnostics import error
@@ -93,15 +94,45 @@ class Manifest:
             raise error("PLM401", "this is not an export directory", location, hint=hint) from None
         except (OSError, ValueError) as problem:
             raise error("PLM401", f"it cannot be read: {problem}", location) from None
+        hint = "export the model again"
         known = {field.name for field in fields(cls)}
         if (
             not isinstance(values, dict)
             or values.pop(_MARK, None) != FORMAT
             or set(values) != known
         ):
-            hint = "export the model again"
             raise error("PLM401", "another version of plmcc wrote this", location, hint=hint)
-        return cls(**values)
+        try:
+            made: Manifest = TypeAdapter(cls).validate_python(values)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            place = f"{location}: {'.'.join(map(str, first['loc']))}"
+            raise error("PLM401", f"it makes no sense: {first['msg']}", place, hint=hint) from None
+        made.check_plain(location)
+        return made
+
+    def check_plain(self, location: str) -> None:
+        """Refuse names of files outside of the directory, and inputs without what is read of them.
+
+        Raises:
+            PlmccError: there are such.
+        """
+        names = [Path(name) for name in self.files or {}]
+        whole = {
+            "files": not any(name.is_absolute() or ".." in name.parts for name in names),
+            "inputs": self.inputs and "values" in self.inputs[0],
+            "inputs, outputs": all(
+                {"name", "dtype", "shape"} <= port.keys() for port in self.inputs + self.outputs
+            ),
+            "dimensions": "length" in self.dimensions
+            and all(len(limits) == 2 for limits in self.dimensions.values()),
+            "versions": "torch" in self.versions,
+            "translation": self.kind == "encoder" or _is_search(self.translation or {}),
+        }
+        for key, right in whole.items():
+            if not right:
+                hint = "export the model again"
+                raise error("PLM401", "it makes no sense", f"{location}: {key}", hint=hint)
 
     def check(self, folder: Path, trust: bool = False) -> None:
         """Refuse programs that were changed, that this machine or torch cannot run, or that are
@@ -154,6 +185,17 @@ class Manifest:
             raise error("PLM402", message, str(folder), got=self.cpu, allowed=here, hint=hint)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise error("PLM402", "the programs need a GPU", str(folder), hint=hint)
+
+
+def _is_search(values: Values) -> bool:
+    steps, shapes, search = (values.get(key) for key in ("steps", "shapes", "search"))
+    return (
+        isinstance(steps, (list, dict))
+        and all(type(size) is int for size in steps)  # a part of the name of a program
+        and isinstance(shapes, list)
+        and all(isinstance(one, list) and len(one) == 2 for one in shapes)
+        and isinstance(search, dict)
+    )
 
 
 def is_export(folder: Path) -> bool:

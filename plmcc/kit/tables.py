@@ -19,6 +19,7 @@ from plmcc.utils.types import Values
 
 _PART = 8192
 """Rows that are looked at, or compared, at once."""
+_SAME = "all rows of the table are the same, so that codes tell nothing apart: is it trained?"
 
 
 def matched_tables(
@@ -40,7 +41,14 @@ def matched_tables(
             yield Miss(found.path, reason)
             continue
         counts = program.data.counts if found.is_input else None
-        yield replace(found, warning=warning(*size), counts=counts)
+        told = [warning(*size), _SAME if _is_constant(table_of(found)) else ""]
+        yield replace(found, warning="; ".join(filter(None, told)), counts=counts)
+
+
+def _is_constant(table_VD: Tensor) -> bool:
+    if table_VD.is_meta:
+        return False
+    return all(bool((part == table_VD[0]).all()) for part in table_VD.split(_PART))
 
 
 def weights_of(site: TableSite, power: float) -> Tensor:
@@ -170,22 +178,24 @@ class LearningRate(Objective):
 
 @torch.no_grad()
 def reconstruction(table_VD: Tensor, rows: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """½||ŷ - x||² and ||ŷ - x|| averaged over rows, and the error relative to the table's variance.
+    """½||ŷ - x||² and ||ŷ - x|| averaged over rows, and the error relative to the table's variance
+    (where all rows are the same, to their square).
 
     `rows(ids_N)` computes rows (N, D). On the meta device, in a plan, there are no errors.
     """
     if table_VD.is_meta:
         return {}
-    squares, distances, spread = 0.0, 0.0, 0.0
+    squares, distances, spread, whole = 0.0, 0.0, 0.0, 0.0
     mean_D = table_VD.float().mean(0)
     for ids_N in torch.arange(len(table_VD), device=table_VD.device).split(_PART):
         expected_ND = table_VD[ids_N].float()
         error_N = (rows(ids_N).float() - expected_ND).square().sum(-1)
         squares, distances = squares + float(error_N.sum()), distances + float(error_N.sqrt().sum())
         spread += float((expected_ND - mean_D).square().sum())
+        whole += float(expected_ND.square().sum())
     count = len(table_VD)
     return {
         "reconstruction_loss": squares / count / 2,
         "mean_distance": distances / count,
-        "relative_error": squares / max(spread, 1e-30),
+        "relative_error": squares / (spread if spread > 1e-10 * whole else max(whole, 1e-30)),
     }

@@ -13,10 +13,10 @@ from plmcc.data import chat, classification, question_answering, token_classific
 from plmcc.data.check import rows_of
 from plmcc.data.collate import collator
 from plmcc.data.encoding import encode, packed
-from plmcc.data.rows import SYNTHETIC, Rows, synthetic_rows
+from plmcc.data.rows import SYNTHETIC, Rows, data_files, rows_by_file, synthetic_rows
 from plmcc.data.tasks import GENERATION
 from plmcc.data.token_classification import named_labels
-from plmcc.diagnostics import Location, error
+from plmcc.diagnostics import Location, error, listing
 from plmcc.evaluation.evaluator import check_metric
 from plmcc.evaluation.libraries import check_task
 from plmcc.ir.calibration import CalibrationData
@@ -194,6 +194,9 @@ def _encoded(
     if "max_length" in data.model_fields_set and length < data.max_length:
         note = f"`max_length: {data.max_length}` is more than the model reads; texts are cut after"
         notes.append(f"{note} {length} tokens")
+    own_formats = (question_answering.TASK, token_classification.TASK)
+    if source.task not in own_formats:
+        notes += _of_files(names, base)
     if rows.skipped:
         notes.append(f"{rows.skipped} rows of {rows.source} without text are left out")
     if source.task == "translation":
@@ -206,6 +209,13 @@ def _encoded(
         left = f"{len(encoded) - len(kept)} rows of {rows.source} have nothing to predict"
         notes.append(f"{left}, and are left out")
     return kept, notes
+
+
+def _of_files(names: str | list[str], base: Path | None) -> list[str]:
+    """Say how many rows each of several files has."""
+    found = rows_by_file(names, base) if len(data_files(names, base)) > 1 else {}
+    told = [f"{count:,} in {file}" for file, count in found.items()]
+    return [f"{sum(found.values()):,} rows: {listing(told)}"] if told else []
 
 
 def _check_used(data: Data, target: str | list[str] | None, task: str, key: str) -> None:

@@ -206,6 +206,10 @@ def _check_data(recipe: Recipe, source: Source) -> None:
     for key, section in asked.items():
         if section:
             check_architecture(source, key)
+    reason = next((p.needs_data() for s in recipe.steps() for p in s.passes if p.needs_data()), "")
+    if reason and source.model.main_input_name != "input_ids":
+        message = f"{reason}, and the model does not read text"
+        raise error("PLM303", message, "passes", got=type(source.model).__name__)
 
 
 def _check_adapters(recipe: Recipe, source: Source) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from plmcc.data import sound
-from plmcc.data.rows import load_rows, read_text
+from plmcc.data.rows import load_rows, read_text, rows_by_file
 from plmcc.diagnostics import PlmccError
 from plmcc.recipe.load import load_recipe
 from plmcc.vectors import load as load_vectors
@@ -78,3 +78,15 @@ def test_pipes_and_devices_are_no_files(kind: str, tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(PlmccError):
         load_vectors(tmp_path / "vectors.txt")
+
+
+def test_the_rows_of_each_file_are_counted(tmp_path: Path) -> None:
+    for name, count in (("data1.txt", 3), ("data[1].txt", 2), ("$HOME.txt", 4)):
+        (tmp_path / name).write_text("w1 w2\n" * count)
+    found = rows_by_file(str(tmp_path / "*.txt"))
+    assert {Path(file).name: n for file, n in found.items()} == {
+        "$HOME.txt": 4,
+        "data1.txt": 3,
+        "data[1].txt": 2,
+    }
+    assert len(load_rows(str(tmp_path / "*.txt"))) == 9

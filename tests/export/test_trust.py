@@ -40,7 +40,7 @@ def foreign(folder: Path, **changes: Any) -> Path:
             cpu=torch.backends.cpu.get_cpu_capability(),
             versions={"torch": torch.__version__},
             files={"encode.pt2": digest(folder / "encode.pt2")},
-            translation={"shapes": [], "steps": {}, "search": {}},
+            translation={"shapes": [], "steps": [], "search": {}},
         )
     )
     values |= {"plmcc_export": exports.FORMAT} | changes
@@ -108,6 +108,41 @@ def test_a_program_that_nothing_names_is_refused(
     with pytest.raises(PlmccError, match="does not name this program"):
         plmcc.Exported(folder, trust_programs=True)
     assert not opened
+
+
+WRONG: dict[str, Any] = {
+    "inputs as a number": {"inputs": 5},
+    "no inputs": {"inputs": []},
+    "inputs without names": {"inputs": [{"values": 9}]},
+    "no versions": {"versions": {}},
+    "versions as a list": {"versions": ["2"]},
+    "no length": {"dimensions": {}},
+    "a length with three ends": {"dimensions": {"length": [1, 2, 3]}},
+    "a file outside": {"files": {"../encode.pt2": "0"}},
+    "an absolute file": {"files": {"/etc/passwd": "0"}},
+    "digests as a list": {"files": ["encode.pt2"]},
+    "a kind that is none": {"kind": "pipeline"},
+    "no search": {"translation": None},
+    "a step that is a path": {"translation": {"shapes": [], "search": {}, "steps": ["/../../x"]}},
+    "shapes of three": {"translation": {"shapes": [[1, 2, 3]], "search": {}, "steps": []}},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_manifest_that_makes_no_sense_is_a_sentence(
+    name: str, tmp_path: Path, opened: list[str]
+) -> None:
+    folder = foreign(tmp_path / "export", **WRONG[name])
+    with pytest.raises(PlmccError, match="makes no sense"):
+        plmcc.Exported(folder, trust_programs=True)
+    assert not opened
+
+
+def test_settings_of_a_search_that_make_no_sense_are_a_sentence(tmp_path: Path) -> None:
+    values = {"shapes": [], "steps": [], "search": {"eos": 5}}
+    folder = foreign(tmp_path / "export", translation=values)
+    with pytest.raises(PlmccError, match="the settings of the search make no sense"):
+        plmcc.Exported(folder, trust_programs=True)
 
 
 def test_a_directory_of_a_model_is_no_export(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plmcc import rewrite
+from plmcc.api import TableSite
 from plmcc.artifact.size import module_bytes
 from plmcc.ir.calibration import CalibrationData
+from plmcc.ir.program import Program
 from plmcc.kit import Trainable
 from plmcc.passes._shared.binarize import (
     Binarizer,
@@ -448,3 +450,16 @@ def test_options_out_of_range(wrong: dict[str, Any]) -> None:
 def test_an_unknown_activation_in_a_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="relu"):
         coded(activation="relu")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_table_whose_rows_are_the_same_is_told(rows: int) -> None:
+    model = tiny("bert")
+    table = model.get_input_embeddings().get_parameter("weight")
+    with torch.no_grad():
+        table.copy_(table[:rows].repeat(table.shape[0], 1)[: table.shape[0]])
+    [found] = BinaryEmbedding(bits=16, targets="input_embeddings").match(Program(model))
+    assert isinstance(found, TableSite)
+    assert ("all rows of the table are the same" in found.warning) == (rows == 1)
+    soft = BinaryEmbedding(bits=16).replace(found, Program(model))
+    assert soft.statistics()["relative_error"] < 10  # it was 1e33
