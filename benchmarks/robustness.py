@@ -175,7 +175,7 @@ def kills(count: int, recipes: dict[str, Path], model: Path, folder: Path) -> li
         before = folder / "before"
         if overwrite and not before.exists():
             alone(recipes["other"], model, before)
-        row = Counter(kills=0, differing=0, broken=0, left_over=0)
+        row = Counter(kills=0, differing=0, broken=0, left_over=0, failed=0)
         moments: Counter[str] = Counter()
         for number in range(count // 2):
             out = folder / f"{name}{number}"
@@ -253,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--output", type=Path, default=RESULT)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="plmcc-robustness-") as place:
@@ -284,7 +285,7 @@ def main() -> None:
         "kills": killed,
         "pairs": both,
     }
-    RESULT.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    asked.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(model: Path)
         sys.executable,
         "-P",  # support/tokenizers.py is not the library
         str(ROOT / "support/kill_and_resume.py"),
-        *map(str, (file, model, model.parent, 20)),
+        *map(str, (file, model, model.parent, 10)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
