@@ -64,7 +64,7 @@ def check_size(folder: str | Path, config: PreTrainedConfig, kind: Any) -> None:
     Raises:
         PlmccError: it does.
     """
-    held = sum(file.stat().st_size for end in _WEIGHTS for file in Path(folder).glob(f"*{end}"))
+    held = _held(Path(folder))
     if not held or getattr(config, "quantization_config", None) is not None:
         return
     build = getattr(kind, "_from_config", None) or kind.from_config
@@ -78,6 +78,11 @@ def check_size(folder: str | Path, config: PreTrainedConfig, kind: Any) -> None:
         message = "the configuration describes a model much larger than the weight files"
         given = f"{asked:,} parameters in {held:,} bytes"
         raise error("PLM402", message, f"{folder}/config.json", got=given)
+
+
+def _held(folder: Path) -> int:
+    """Return the bytes of the weight files."""
+    return sum(file.stat().st_size for end in _WEIGHTS for file in folder.glob(f"*{end}"))
 
 
 def _numbers(values: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:

@@ -15,6 +15,8 @@ from plmcc.cli.recipes import check_model
 from plmcc.diagnostics import Diagnostic, PlmccError, did_you_mean, error
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from plmcc.evaluation.benchmark import Benchmark, Footprint
     from plmcc.recipe.load import Evaluate
 
@@ -82,11 +84,27 @@ def _print(found: Benchmark, verdict: str) -> None:
         sizes = str(row.batch), str(row.length)
         table.add_row(row.mode, *sizes, *times, rate, f"x{row.ratio:.3f}", f"{row.spread:.3f}")
     console().print(table)
+    if found.decoding:
+        console().print(_generation(found))
     typer.echo(f"baseline:   {_memory(found.baseline_footprint)}")
     typer.echo(f"compressed: {_memory(found.footprint)}")
     if any(row.mode == "compiled" for row in found.rows):
         typer.echo(f"compiled: {found.graph_breaks} graph breaks, {found.recompiles} recompiles")
     typer.echo(f"{found.device}, {found.threads} threads. {verdict}")
+
+
+def _generation(found: Benchmark) -> Table:
+    from rich.table import Table
+
+    columns = ("generating", "batch", "prompt", "first token", "time", "tokens/s", "per token")
+    table = Table(*columns)
+    for row in found.decoding:
+        first = " to ".join(f"{1000 * value:.1f}" for value in row.prefill)
+        rates = " to ".join(f"{value:,.0f}" for value in row.tokens_per_second)
+        ratios = f"x{row.prefill_ratio:.3f}", f"x{row.decode_ratio:.3f}"
+        sizes = str(row.batch), str(row.length)
+        table.add_row(row.mode, *sizes, f"{first} ms", ratios[0], rates, ratios[1])
+    return table
 
 
 def _memory(footprint: Footprint) -> str:

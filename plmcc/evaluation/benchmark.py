@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from plmcc.diagnostics import error
+from plmcc.evaluation.decoding import LEAST, TOKENS, Decoding, measure_decoding
 from plmcc.evaluation.latency import Latency, inputs_of, measure
 from plmcc.models.source import Source, load_source
 from plmcc.utils.types import Values
@@ -54,6 +55,8 @@ class Benchmark:
     """Of the compressed model under torch.compile; the whole model is one graph where it is 0."""
     recompiles: int
     """Graphs of the compressed model beyond the first, over all batch sizes and lengths."""
+    decoding: list[Decoding] = field(default_factory=list)
+    """Of models that generate: the time of the prompt and of the tokens after it."""
 
     def to_json(self) -> Values:
         """Return plain values."""
@@ -106,11 +109,13 @@ def bench(
     for one in (source, compressed):
         _check_readable(one, max(lengths))
     rows: list[Latency] = []
+    decoding: list[Decoding] = []
     graph_breaks = recompiles = 0
     for mode, length in itertools.product(modes, lengths):
         log(f"{mode}, {length} tokens")
         timed = (tuple(batches), length, mode == "compiled", seconds)
         rows += measure(source.model, compressed.model, *timed)
+        decoding += _decoding(source, compressed, batches, length, mode == "compiled", seconds, log)
     if "compiled" in modes:
         log("graphs")
         graph_breaks, recompiles = _graphs(compressed.model, batches, lengths)
@@ -127,7 +132,31 @@ def bench(
         footprints[1],
         graph_breaks,
         recompiles,
+        decoding,
     )
+
+
+def _decoding(
+    original: Source,
+    compressed: Source,
+    batches: Sequence[int],
+    length: int,
+    compiled: bool,
+    seconds: float,
+    log: Callable[[str], None],
+) -> list[Decoding]:
+    """Time the generation of models that generate, as far as they can after so long a prompt."""
+    models = (original.model, compressed.model)
+    if not all(model.can_generate() for model in models):
+        return []
+    wanted = length + TOKENS + 1
+    taken = length if not models[0].config.is_encoder_decoder else 0
+    room = min(one.max_length(wanted) for one in (original, compressed)) - taken - 1
+    if room < LEAST:
+        log(f"no room to generate after {length} tokens")
+        return []
+    log(f"{'compiled' if compiled else 'eager'}, generating after {length} tokens")
+    return measure_decoding(*models, batches, length, compiled, seconds, min(TOKENS, room))
 
 
 @torch.inference_mode()

@@ -193,10 +193,15 @@ def inputs_of(models: Sequence[PreTrainedModel], batch: int, length: int) -> dic
 def _runner(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Callable[[], None]:
     def run() -> None:
         model(**inputs)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(model)
 
     return run
+
+
+def wait_for(model: PreTrainedModel) -> None:
+    """Wait until a GPU has computed what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _timed(run: Callable[[], None]) -> float:

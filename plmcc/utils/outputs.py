@@ -153,7 +153,7 @@ def claim(target: Path) -> Iterator[None]:
 
 def _recover(target: Path) -> None:
     """Complete what a killed process has begun: the old directory stays, or the new one."""
-    drafts = [*workplace(target).glob(f".{glob.escape(target.name)}{UNFINISHED}*")]
+    drafts = _drafts(workplace(target), glob.escape(target.name))
     if is_fixed(target):
         for draft in drafts:
             if (draft / LOCK).exists() and not (target / LOCK).exists():
@@ -247,6 +247,9 @@ def _listed(file: Path) -> list[str]:
 
 def remove_drafts(folder: Path, name: str | None = None) -> None:
     """Remove what killed runs left beside `folder/name`, or beside anything in the folder."""
-    start = "*" if name is None else glob.escape(name)
-    for left in folder.glob(f".{start}{UNFINISHED}*"):
+    for left in _drafts(folder, "*" if name is None else glob.escape(name)):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _drafts(folder: Path, names: str) -> list[Path]:
+    return [*folder.glob(f".{names}{UNFINISHED}*")]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import plmcc
+from plmcc.cli.measure import _print
+from plmcc.evaluation import benchmark
 from plmcc.evaluation.benchmark import Benchmark, Footprint, verdict
+from plmcc.evaluation.decoding import measure_decoding
 from plmcc.evaluation.latency import Latency
 from plmcc.recipe.load import parse_recipe
 from support.processes import run_module
@@ -75,3 +80,43 @@ def test_the_verdict_is_in_plain_words() -> None:
     assert verdict(found(0.5, 0.8)).startswith("Faster everywhere: up to 2.00 times")
     assert verdict(found(0.5, 1.0)).startswith("Faster in some settings: up to 2.00")
     assert "slower in others, up to 1.50 times (eager, batch 1" in verdict(found(0.5, 1.5))
+
+
+@pytest.mark.parametrize("kind", ["llama", "marian"])
+def test_generation_is_timed_prompt_and_tokens_apart(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that waits in each call takes longer for each token, and so long."""
+    model, slow = tiny(kind), tiny(kind)
+    forward = slow.forward
+
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(slow, "forward", waits)
+    [row] = measure_decoding(model, slow, (2,), 8, seconds=0.2, tokens=4)
+    assert (row.batch, row.length, row.tokens) == (2, 8, 4)
+    assert row.decode_ratio > 1.5
+    assert row.tokens_per_second[1] < 2 / 0.02
+    assert row.prefill[1] > 0.02
+
+
+def test_a_model_that_generates_gets_a_table_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("llama").save_pretrained(tmp_path / "m")
+    words().save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(benchmark, "_fresh", lambda *_: Footprint(1.0, 1))
+    place = str(tmp_path / "m")
+    made = benchmark.bench(tmp_path / "m", place, (1,), (8,), ("eager",), 0.1)
+    assert [(one.batch, one.length) for one in made.decoding] == [(1, 8)]
+    _print(made, "words")
+    told = capsys.readouterr().out
+    assert "tokens/s" in told
+    assert "first token" in told
+    said: list[str] = []
+    longest = 40  # what the tokenizer says
+    long = benchmark.bench(tmp_path / "m", place, (1,), (longest,), ("eager",), 0.1, said.append)
+    assert long.decoding == []
+    assert f"no room to generate after {longest} tokens" in said
