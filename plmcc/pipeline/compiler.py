@@ -21,6 +21,7 @@ from plmcc.pipeline.run import run
 from plmcc.pipeline.verifier import Dump
 from plmcc.recipe.load import Calibrate, Recipe, Scratch, Train
 from plmcc.report.result import Log, Result
+from plmcc.report.words import megabytes
 from plmcc.utils import distributed
 from plmcc.utils.files import check_outside
 from plmcc.utils.outputs import claim, free
@@ -123,8 +124,14 @@ def _applied(
         log("writing and verifying")
         write(recipe, result, target, overwrite)
         cache.finish(folder, recipe)
+        if folder.exists():
+            log(f"finished stages are kept for `--resume` in {folder}: {_size(folder)}")
     distributed.barrier()
     return result
+
+
+def _size(folder: Path) -> str:
+    return megabytes(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 def _dump(recipe: Recipe, names: Sequence[str], target: Path | None) -> Dump | None:

@@ -104,7 +104,9 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(model: Path)
 
 
 def test_a_changed_stage_and_what_follows_it_are_done_again(model: Path) -> None:
-    assert again(apply(model, STAGES)) == []
+    said = apply(model, STAGES)
+    assert again(said) == []
+    assert any("kept for `--resume` in" in line and line.endswith(("kB", "MB")) for line in said)
     changed = STAGES.replace("density: 0.5", "density: 0.4")
     assert again(apply(model, changed, resume=True, overwrite=True)) == ["one", "two"]
     changed = changed.replace("codewords: 8", "codewords: 4")
