@@ -117,6 +117,26 @@ def same_with_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
     return difference <= _bound(model.dtype)
 
 
+@torch.no_grad()
+def caches_exactly(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
+    """Return whether a model computes the same logits with its cache as without it. Some
+    architectures do not, and their tokens are the same by chance.
+
+    True also for models that do not generate.
+    """
+    if not model.can_generate():
+        return True
+    told = {"return_dict_in_generate": True, "output_logits": True}
+    runs = [_generated(model, inputs, use_cache=use, **told) for use in (True, False)]
+    for step, (one, two) in enumerate(zip(*(run.logits for run in runs), strict=False)):
+        if relative_difference(one, two) > 10 * _bound(model.dtype):
+            return False
+        written = [run.sequences[0, -len(run.logits) :][step] for run in runs]
+        if written[0] != written[1]:  # a tie; what follows is another text
+            break
+    return True
+
+
 def _bound(dtype: torch.dtype) -> float:
     """Differences of outputs, relative to their scale, that rounding makes."""
     return 1e-4 if dtype == torch.float32 else 2e-2

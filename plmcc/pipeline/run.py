@@ -12,7 +12,7 @@ from plmcc import rewrite
 from plmcc.artifact import format as artifact
 from plmcc.artifact.size import Inventory, component_bytes
 from plmcc.artifact.stock import needs_plmcc
-from plmcc.artifact.verify import check_cache, same_with_cache
+from plmcc.artifact.verify import caches_exactly, check_cache
 from plmcc.catalog import registry as catalog
 from plmcc.data.tasks import LANGUAGE
 from plmcc.ir.probes import probe_inputs
@@ -82,7 +82,7 @@ def run(
     source = data.source
     matched = match_stage(recipe, source.model, 0, data.calibration)
     check_calibrated(recipe)
-    has_cache = same_with_cache(source.model, probe_inputs(source.model))
+    has_cache = caches_exactly(source.model, probe_inputs(source.model))
     expected = expected_sites(recipe, source.model)
     try_out(recipe, Reducible.of(source.model))
     planned = [(stage, site) for (stage, _), site in expected.items()]
@@ -228,7 +228,7 @@ def _announce(
     for note in dict.fromkeys(source.notes):  # two stages may have the same
         log(f"  note: {note}")
     if not has_cache:  # M2M100 and FSMT number a start token that is padding in two ways
-        log("  note: the original generates other tokens with its cache than without")
+        log("  note: the original computes something else with its cache than without")
     if recipe.search is not None:
         log("  note: `search` is for `plmcc search`; the recipe's own values are used")
     for stage in recipe.steps():

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from plmcc import rewrite
 from plmcc.artifact import format as artifact
-from plmcc.artifact.verify import check_cache, first_output, same_with_cache
+from plmcc.artifact.verify import caches_exactly, check_cache, first_output
 from plmcc.catalog import registry as catalog
 from plmcc.diagnostics import PlmccError, error
 from plmcc.ir.calibration import CalibrationData
@@ -58,7 +58,7 @@ def try_out(recipe: Recipe, model: Reducible) -> None:
         for config in islice(model.configs(most=_MOST, run=False), _TRIES):
             try:
                 copied = model.drawn(config, recipe.seed)
-                cached = same_with_cache(copied, probe_inputs(copied))
+                cached = caches_exactly(copied, probe_inputs(copied))
             except Exception:  # whatever an architecture makes of few layers: nothing to try
                 continue
             if _tried(recipe, copied, cached):

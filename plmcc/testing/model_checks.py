@@ -229,7 +229,7 @@ def caches_agree(subject: Subject) -> None:
     """Generation with and without cache gives the same tokens, and beam search runs."""
     if not subject.model.can_generate():
         raise NotApplicable("the model does not generate")
-    if not verify.same_with_cache(subject.original, subject.prompt):
+    if not verify.caches_exactly(subject.original, subject.prompt):
         raise NotApplicable("the original itself generates other tokens without its cache")
     cached, uncached = (
         tokens(subject.model, subject.prompt, use_cache=use) for use in (True, False)
