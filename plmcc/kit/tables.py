@@ -41,11 +41,12 @@ def matched_tables(
             yield Miss(found.path, reason)
             continue
         counts = program.data.counts if found.is_input else None
-        told = [warning(*size), _SAME if _is_constant(table_of(found)) else ""]
+        told = [warning(*size), _SAME if _is_constant(found) else ""]
         yield replace(found, warning="; ".join(filter(None, told)), counts=counts)
 
 
-def _is_constant(table_VD: Tensor) -> bool:
+def _is_constant(site: TableSite) -> bool:
+    table_VD = site.module.get_parameter("weight").detach()
     if table_VD.is_meta:
         return False
     return all(bool((part == table_VD[0]).all()) for part in table_VD.split(_PART))

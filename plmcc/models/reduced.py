@@ -32,6 +32,8 @@ _WIDTHS |= dict.fromkeys(
         "decoder_ffn_dim",
         "ffn_dim",
         "d_ff",
+        "dff",
+        "dim_ff",
         "n_inner",
         "hidden_dim",
     ),

@@ -6,6 +6,7 @@ ambiguous (tags, merge keys, duplicate keys, unbounded aliases) is refused.
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import unicodedata
@@ -53,8 +54,8 @@ def read_text(path: Path) -> str:
     """
     location = str(path)
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise error("PLM003", "cannot read the file: it is not a regular file", location)
+        if path.exists() and not (path.is_file() or path.is_dir()):  # it might have no end
+            raise OSError(errno.EINVAL, "it is not a regular file")
         with path.open("rb") as stream:
             raw = stream.read(_MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):

@@ -193,14 +193,14 @@ def test_edited_configs_load_or_are_refused(kind: str, tmp_path: Path) -> None:
     for _ in range(max(1, MUTATIONS // len(KINDS))):
         changed, what = mutated(config, drawn)
         (folder / "config.json").write_text(json.dumps(changed))
-        start = time.perf_counter()
+        start = time.process_time()  # not of the clock: other processes may be busy
         try:
             plmcc.load(folder)
         except PlmccError:
             pass
         except Exception as problem:
             broken.append(f"{what}: {type(problem).__name__}: {str(problem)[:200]}")
-        if time.perf_counter() - start > 10:
+        if time.process_time() - start > 10:
             slow.append(what)
     assert broken == []
     assert slow == []

@@ -74,7 +74,7 @@ def test_masked_language_models_learn_from_the_teacher(rows: Path, tmp_path: Pat
     model = saved("bert", tmp_path / "bert")
     distill = plmcc.Distill(logits=1.0, task=0.5)
     recipe = plmcc.Recipe(passes=[CODES], train=train(rows, distill=distill))
-    assert plmcc.apply(recipe, model, tmp_path / "out").training["main"]
+    assert "main" in plmcc.apply(recipe, model, tmp_path / "out").training
 
 
 def test_encoder_decoders_are_trained_on_translations_only(rows: Path, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_missing_file_names_its_neighbor(tmp_path: Path) -> None:
 def test_things_that_are_no_file(tmp_path: Path) -> None:
     with pytest.raises(PlmccError, match=r"PLM002.*directory"):
         load_recipe(tmp_path)
-    with pytest.raises(PlmccError, match="PLM004"):
+    with pytest.raises(PlmccError, match="PLM003: cannot read the file: it is not a regular"):
         load_recipe("/dev/zero")
     with pytest.raises(PlmccError, match="PLM003"):
         load_recipe("a\0b")
